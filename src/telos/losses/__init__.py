@@ -1,0 +1,30 @@
+"""What to minimise: one folder per family, and a family is a call signature."""
+
+from telos.losses import aggregate, classification, contrastive, metric, robust
+from telos.losses._algebra import ClassificationLoss, Loss, Mixture
+from telos.losses._reduction import reduce
+from telos.losses._space import choice, integers, log_uniform, uniform
+from telos.losses._task import TaskInfo, misfit
+from telos.losses.aggregate import *  # noqa: F403
+from telos.losses.classification import *  # noqa: F403
+from telos.losses.contrastive import *  # noqa: F403
+from telos.losses.metric import *  # noqa: F403
+from telos.losses.robust import *  # noqa: F403
+
+__all__ = [
+    "ClassificationLoss",
+    "Loss",
+    "Mixture",
+    "TaskInfo",
+    "choice",
+    "integers",
+    "log_uniform",
+    "misfit",
+    "reduce",
+    "uniform",
+    *aggregate.__all__,
+    *classification.__all__,
+    *contrastive.__all__,
+    *metric.__all__,
+    *robust.__all__,
+]
