@@ -5,6 +5,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 
 def is_distributed() -> bool:
@@ -28,7 +29,8 @@ def gather_sizes(size: int, device: torch.device) -> list[int]:
     return [int(s.item()) for s in sizes]
 
 
-def _gather_padded(tensor: Tensor, sizes: list[int]) -> Tensor:
+def gather_padded(tensor: Tensor, sizes: list[int]) -> Tensor:
+    """Concatenate the first dimension over ranks of the given sizes, without gradient."""
     longest = max(sizes)
     padded = tensor.new_zeros(longest, *tensor.shape[1:])
     padded[: tensor.shape[0]] = tensor
@@ -37,15 +39,24 @@ def _gather_padded(tensor: Tensor, sizes: list[int]) -> Tensor:
     return torch.cat([part[:size] for part, size in zip(parts, sizes, strict=True)])
 
 
+def own_rows(size: int, device: torch.device) -> slice:
+    """Where this rank's ``size`` rows lie in a gathered batch; everything where there is one process."""
+    if not is_distributed():
+        return slice(0, size)
+    start = sum(gather_sizes(size, device)[: dist.get_rank()])
+    return slice(start, start + size)
+
+
 class _GatherWithGradient(torch.autograd.Function):
     """All-gather along the first dimension; its transpose sums every rank's gradient and keeps the local slice."""
 
     @staticmethod
     def forward(ctx: Any, tensor: Tensor, sizes: list[int]) -> Tensor:
         ctx.sizes = sizes
-        return _gather_padded(tensor.contiguous(), sizes)
+        return gather_padded(tensor.contiguous(), sizes)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
         total = gradients[0].contiguous().clone()
         dist.all_reduce(total)
@@ -66,6 +77,6 @@ def gather_with_gradient(*tensors: Tensor) -> tuple[Tensor, ...]:
     return tuple(
         _GatherWithGradient.apply(tensor, sizes)  # type: ignore[misc]
         if tensor.is_floating_point()
-        else _gather_padded(tensor.contiguous(), sizes)
+        else gather_padded(tensor.contiguous(), sizes)
         for tensor in tensors
     )
