@@ -172,7 +172,9 @@ def test_gradient_is_that_of_the_value(declaration: Declaration) -> None:
     leaves = [inputs[name].clone().requires_grad_() for name in declaration.differentiable]
 
     def value(*tensors: Tensor) -> Tensor:
-        return call(declaration.function, {**inputs, **dict(zip(declaration.differentiable, tensors, strict=True))})
+        return call(
+            declaration.function, {**inputs, **dict(zip(declaration.differentiable, tensors, strict=True))}
+        )
 
     assert torch.autograd.gradcheck(value, leaves)
 
@@ -212,7 +214,9 @@ def test_equal_scores_have_a_finite_gradient(declaration: Declaration) -> None:
 @each(DECLARATIONS)
 def test_half_precision_is_computed_in_float32(declaration: Declaration, dtype: torch.dtype) -> None:
     half = {
-        name: value.to(dtype) if name not in declaration.state and name in floating(draw(declaration, 6)) else value
+        name: value.to(dtype)
+        if name not in declaration.state and name in floating(draw(declaration, 6))
+        else value
         for name, value in draw(declaration, 6, dtype=torch.float32).items()
     }
     double = {name: value.double() if name in floating(half) else value for name, value in half.items()}
@@ -348,7 +352,7 @@ def test_works_under_functional_transforms(declaration: Declaration) -> None:
 def test_memory_layout_does_not_matter(declaration: Declaration) -> None:
     inputs = draw(declaration, 6)
     strided = {
-        name: torch.stack([value, value + 1], -1)[..., 0] if isinstance(value, Tensor) and value.ndim else value
+        name: torch.stack([value, value], -1)[..., 0] if isinstance(value, Tensor) and value.ndim else value
         for name, value in inputs.items()
     }
     assert any(not value.is_contiguous() for value in strided.values() if isinstance(value, Tensor))
@@ -478,7 +482,9 @@ def test_a_row_of_weight_zero_does_not_exist(declaration: Declaration) -> None:
     for name in floating(inputs):
         if name in names:
             poisoned[name] = torch.where(
-                kept.reshape(-1, *[1] * (inputs[name].ndim - 1)), inputs[name], torch.full_like(inputs[name], torch.nan)
+                kept.reshape(-1, *[1] * (inputs[name].ndim - 1)),
+                inputs[name],
+                torch.full_like(inputs[name], torch.nan),
             )
     ways = [{**poisoned, "sample_weight": kept.double()}]
     if not inputs["target"].is_floating_point():

@@ -38,7 +38,9 @@ class Model(nn.Module):
             self.maps[name] = nn.Parameter(torch.eye(width, dtype=torch.float64) + 0.1 * noise)
 
     def forward(self, inputs: Inputs) -> Inputs:
-        mapped = {n: inputs[n] @ w if inputs[n].ndim > 1 else inputs[n] * w[0, 0] for n, w in self.maps.items()}
+        mapped = {
+            n: inputs[n] @ w if inputs[n].ndim > 1 else inputs[n] * w[0, 0] for n, w in self.maps.items()
+        }
         return {**inputs, **mapped}
 
 

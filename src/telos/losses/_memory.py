@@ -85,19 +85,25 @@ class SampleMemory(nn.Module):
 
     @torch.no_grad()
     def write(self, index: Tensor, **values: Tensor) -> None:
-        """Replace entries; duplicates are averaged and a non-finite contribution is dropped."""
+        """Replace entries; duplicates are averaged, and for a non-finite contribution stands what was remembered."""
         stacked = torch.stack([values[name].detach().to(getattr(self, name).dtype) for name in values], -1)
         if is_distributed():
             sizes = gather_sizes(index.shape[0], index.device)
             index, stacked = gather_padded(index, sizes), gather_padded(stacked, sizes)
-        kept = torch.isfinite(stacked).all(-1)
-        index, stacked = index[kept], stacked[kept]
-        count = torch.zeros_like(self.seen, dtype=stacked.dtype).index_add_(0, index, torch.ones_like(stacked[:, 0]))
+        finite = torch.isfinite(stacked).all(-1)
         for name, column in zip(values, stacked.unbind(-1), strict=True):
             buffer: Tensor = getattr(self, name)
-            mean = _log_mean if name in self.logarithms else _mean
-            buffer[index] = mean(column, index, count)[index]
-        self.seen[index] = True
+            column = torch.where(finite, column, buffer[index])
+            if name in self.logarithms:
+                # the largest contribution of each entry first, so that the mean of exponentials cannot overflow
+                top = buffer.scatter_reduce_(0, index, column, "amax", include_self=False)[index]
+                ratio = torch.where(column == top, 0.0, column - top).exp()
+                mean = buffer.scatter_reduce_(0, index, ratio, "mean", include_self=False)[index]
+                buffer[index] = top + mean.log()
+            else:
+                buffer.scatter_reduce_(0, index, column, "mean", include_self=False)
+        visits = torch.zeros_like(self.seen, dtype=torch.uint8).scatter_reduce_(0, index, finite.byte(), "amax")
+        self.seen |= visits.bool()
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Self:
         # half() and bfloat16() around the loss must not blunt the memory: follow the device, keep dtype and digits
@@ -113,12 +119,3 @@ class SampleMemory(nn.Module):
         """Size and names, for ``print``."""
         return f"num_examples={self.num_examples}, {', '.join(self.names)}"
 
-
-def _mean(column: Tensor, index: Tensor, count: Tensor) -> Tensor:
-    return torch.zeros_like(count).index_add_(0, index, column) / count.clamp_min(1)
-
-
-def _log_mean(column: Tensor, index: Tensor, count: Tensor) -> Tensor:
-    top = torch.full_like(count, -math.inf).scatter_reduce_(0, index, column, "amax")
-    total = torch.zeros_like(count).index_add_(0, index, (column - top[index]).exp())
-    return top + (total / count.clamp_min(1)).log()
