@@ -8,6 +8,7 @@ import os
 
 import jaxtyping
 import pytest
+
 import tests.typecheck  # noqa: F401  (the import hook looks it up as an attribute)
 
 TYPECHECK = os.environ.get("TELOS_TYPECHECK", "1") != "0"

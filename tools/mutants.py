@@ -64,7 +64,9 @@ def mutants_of(path: Path) -> Iterator[Mutant]:
                 start = 1 if isinstance(body[0], ast.Expr) and isinstance(body[0].value, ast.Constant) else 0
                 body[start:start] = ast.parse(statement).body
                 what = f"{function.name}: {statement}"
-                yield Mutant(name_of(path), function.lineno, kind, what, ast.unparse(ast.fix_missing_locations(twin)))
+                yield Mutant(
+                    name_of(path), function.lineno, kind, what, ast.unparse(ast.fix_missing_locations(twin))
+                )
 
 
 def functions(tree: ast.AST) -> list[ast.FunctionDef]:
@@ -80,11 +82,17 @@ def plant(node: ast.AST) -> str | None:
     """Change an expression in place; the kind of fault, or ``None`` where there is nothing to change."""
     if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Add | ast.Sub):
         sides = (node.left, node.right)
-        if any(isinstance(s, ast.List | ast.Tuple | ast.JoinedStr) for s in sides) or "shape" in ast.unparse(node):
+        if any(isinstance(s, ast.List | ast.Tuple | ast.JoinedStr) for s in sides) or "shape" in ast.unparse(
+            node
+        ):
             return None
         node.op = ast.Sub() if isinstance(node.op, ast.Add) else ast.Add()
         return "sign"
-    if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub) and not isinstance(node.operand, ast.Constant):
+    if (
+        isinstance(node, ast.UnaryOp)
+        and isinstance(node.op, ast.USub)
+        and not isinstance(node.operand, ast.Constant)
+    ):
         node.op = ast.UAdd()
         return "sign"
     if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
@@ -162,7 +170,9 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0, help="of the sample")
     parser.add_argument("--only", default="", help="only files whose path contains this")
     parser.add_argument("--processes", type=int, default=os.cpu_count() or 1)
-    parser.add_argument("--timeout", type=int, default=300, help="seconds after which a fault counts as noticed")
+    parser.add_argument(
+        "--timeout", type=int, default=300, help="seconds after which a fault counts as noticed"
+    )
     parser.add_argument("--json", type=Path, default=None, help="write the outcome here")
     options = parser.parse_args()
     files = [p for p in sorted(LOSSES.rglob("*.py")) if p.name not in SUPPORT and options.only in name_of(p)]
@@ -177,7 +187,10 @@ def main() -> None:
             caught.append(result)
             if done % 10 == 0:
                 print(f"  {done}/{len(faults)}: {sum(caught)} caught", flush=True)
-    total, found = Counter(f.kind for f in faults), Counter(f.kind for f, c in zip(faults, caught, strict=True) if c)
+    total, found = (
+        Counter(f.kind for f in faults),
+        Counter(f.kind for f, c in zip(faults, caught, strict=True) if c),
+    )
     for kind in total:
         print(f"{kind:>10}: {found[kind]} of {total[kind]} caught")
     print(f"caught {sum(caught)} of {len(faults)} ({100 * sum(caught) / max(len(faults), 1):.0f} %)")
@@ -186,7 +199,9 @@ def main() -> None:
         print(f"  survived: {fault.file}:{fault.line} [{fault.kind}] {fault.what}")
     if options.json:
         rows = [{k: v for k, v in asdict(fault).items() if k != "source"} for fault in survivors]
-        options.json.write_text(json.dumps({"planted": len(faults), "caught": sum(caught), "survivors": rows}, indent=2))
+        options.json.write_text(
+            json.dumps({"planted": len(faults), "caught": sum(caught), "survivors": rows}, indent=2)
+        )
 
 
 if __name__ == "__main__":

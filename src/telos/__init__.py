@@ -24,7 +24,7 @@ _ROOMS = (
     "theory",
     "trials",
 )
-__all__ = ["__version__", *_ROOMS]  # noqa: PLE0604  (names of rooms, loaded by __getattr__)
+__all__ = ["__version__", *_ROOMS]
 
 
 def __getattr__(name: str) -> ModuleType:

@@ -6,10 +6,10 @@ from functools import cache
 from pathlib import Path
 
 import torch
-from tests.declaration import Declaration, Inputs
 from torch import Tensor, nn
 
 from telos.losses._algebra import call_keywords
+from tests.declaration import Declaration, Inputs
 
 TESTS = Path(__file__).parents[1]
 

@@ -7,13 +7,13 @@ import pickle
 
 import pytest
 import torch
-from tests.conformance.collect import all_declarations, batched, build, call, callables, draw, floating
-from tests.declaration import Declaration, Inputs
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import telos.losses
 from telos.losses._algebra import call_keywords
+from tests.conformance.collect import all_declarations, batched, build, call, callables, draw, floating
+from tests.declaration import Declaration, Inputs
 
 DECLARATIONS = all_declarations()
 WITH_MODULE = [d for d in DECLARATIONS if d.module is not None]

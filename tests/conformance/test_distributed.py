@@ -8,14 +8,16 @@ import os
 import tempfile
 import traceback
 from functools import cache
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
+from torch import Tensor, nn
+
 from tests.conformance.collect import all_declarations, batched, build, call, draw
 from tests.declaration import Declaration, Inputs
-from torch import Tensor, nn
 
 RANKS = 3
 N = 8  # not a multiple of the ranks: 2, 3 and 3 examples
@@ -51,7 +53,7 @@ def parts(declaration: Declaration, inputs: Inputs) -> list[Inputs]:
     names = batched(declaration, inputs, N)
     return [
         {k: v[low:high] if k in names else v for k, v in inputs.items()}
-        for low, high in zip(edges, edges[1:], strict=False)
+        for low, high in pairwise(edges)
     ]
 
 

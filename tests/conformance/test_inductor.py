@@ -5,6 +5,7 @@ import shutil
 
 import pytest
 import torch
+
 from tests.conformance.collect import all_declarations, build, draw
 from tests.conformance.test_contracts import _positional, gradients, with_gradient
 from tests.declaration import Declaration

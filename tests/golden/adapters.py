@@ -116,5 +116,9 @@ def differences(actual: Any, expected: Any, rtol: float, atol: float, where: str
 
 def _as_float64(actual: Any) -> Tensor:
     if isinstance(actual, list | tuple):
-        return torch.stack([_as_float64(entry) for entry in actual]) if actual else torch.empty(0, dtype=torch.float64)
-    return torch.as_tensor(actual).detach().to(torch.float64)
+        rows = [_as_float64(entry) for entry in actual]
+        return torch.stack(rows) if rows else torch.empty(0, dtype=torch.float64)
+    if isinstance(actual, Tensor):
+        return actual.detach().to(torch.float64)
+    # without a dtype a Python float would become float32
+    return torch.as_tensor(actual, dtype=torch.float64)

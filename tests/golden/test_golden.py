@@ -7,6 +7,7 @@ adapter is counted and shown, not failed: its method is not here yet.
 from pathlib import Path
 
 import pytest
+
 from tests.golden.adapters import Case, differences, find_adapter, read_cases
 
 HERE = Path(__file__).parent
@@ -50,5 +51,3 @@ def test_file_is_read(golden_file: Path, record_property) -> None:
 def test_own_files_have_adapters() -> None:
     missing = [path.stem for path in sorted(HERE.glob("*.json")) if find_adapter(path.stem) is None]
     assert missing == []
-
-

@@ -1,1 +1,29 @@
-"""placeholder."""
+"""How to compute it fast: plain tensors and callables in, tensors out."""
+
+from telos.kernels.spherical import (
+    SphericalState,
+    SphericalStatistics,
+    SphericalStep,
+    spherical_forward,
+    spherical_refactor,
+    spherical_stabilize,
+    spherical_state,
+    spherical_statistics_loss,
+    spherical_step,
+    spherical_update,
+    spherical_weight,
+)
+
+__all__ = [
+    "SphericalState",
+    "SphericalStatistics",
+    "SphericalStep",
+    "spherical_forward",
+    "spherical_refactor",
+    "spherical_stabilize",
+    "spherical_state",
+    "spherical_statistics_loss",
+    "spherical_step",
+    "spherical_update",
+    "spherical_weight",
+]

@@ -180,10 +180,15 @@ class Mixture(Loss):
             if not takers:
                 raise TypeError(f"no term of {' + '.join(self.names)} takes the keyword {keyword!r}")
             if keyword in ("sample_weight", "denominator") and takers < len(accepted):
-                deaf = [n for n, names in zip(self.names, accepted, strict=True) if names is not None and keyword not in names]
+                deaf = [
+                    n
+                    for n, names in zip(self.names, accepted, strict=True)
+                    if names is not None and keyword not in names
+                ]
                 raise TypeError(f"{keyword} would be ignored by {', '.join(deaf)}")
         return [
-            {key: value for key, value in keywords.items() if names is None or key in names} for names in accepted
+            {key: value for key, value in keywords.items() if names is None or key in names}
+            for names in accepted
         ]
 
     def extra_repr(self) -> str:
@@ -202,7 +207,11 @@ def call_keywords(loss: nn.Module) -> frozenset[str] | None:
     """The keywords that a loss's call accepts, or ``None`` where it accepts any."""
     if isinstance(loss, Mixture):
         inner = [call_keywords(term) for term in loss.losses]
-        return None if any(names is None for names in inner) else frozenset().union(*(n for n in inner if n is not None))
+        return (
+            None
+            if any(names is None for names in inner)
+            else frozenset().union(*(n for n in inner if n is not None))
+        )
     parameters = inspect.signature(loss.forward).parameters.values()
     if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
         return None

@@ -58,6 +58,7 @@ def check_label_values(name: str, labels: Tensor, num_classes: int, ignore_index
     """Refuse labels outside [0, num_classes) other than ``ignore_index``, where they can be read."""
     if labels.numel() == 0 or not values_can_be_read(labels):
         return
+    labels = labels.long()  # num_classes or ignore_index would wrap around in a narrow integer dtype
     bad = (labels < 0) | (labels >= num_classes)
     if ignore_index is not None:
         bad &= labels != ignore_index
@@ -85,7 +86,9 @@ def check_classification(
         raise TypeError(f"target must be a tensor, got {type(target).__name__}")
     if target.shape == logits.shape:
         if not target.is_floating_point():
-            raise TypeError(f"target of the shape of logits holds probabilities and must be floating, got {target.dtype}")
+            raise TypeError(
+                f"target of the shape of logits holds probabilities and must be floating, got {target.dtype}"
+            )
     elif target.shape == logits.shape[:-1]:
         check_integer("target", target)
         check_label_values("target", target, classes, ignore_index)

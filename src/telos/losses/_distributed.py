@@ -48,7 +48,7 @@ def own_rows(size: int, device: torch.device) -> slice:
 
 
 class _GatherWithGradient(torch.autograd.Function):
-    """All-gather along the first dimension; its transpose sums every rank's gradient and keeps the local slice."""
+    """All-gather along the first dimension; its transpose sums all ranks' gradients and keeps own rows."""
 
     @staticmethod
     def forward(ctx: Any, tensor: Tensor, sizes: list[int]) -> Tensor:
@@ -57,7 +57,7 @@ class _GatherWithGradient(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
         total = gradients[0].contiguous().clone()
         dist.all_reduce(total)
         start = sum(ctx.sizes[: dist.get_rank()])
@@ -67,9 +67,10 @@ class _GatherWithGradient(torch.autograd.Function):
 def gather_with_gradient(*tensors: Tensor) -> tuple[Tensor, ...]:
     """Concatenate each tensor over the ranks, in rank order; gradients flow back to every rank's own rows.
 
-    Every rank then computes the same loss of the whole batch. The gradient that reaches a rank's rows is the sum over
-    ranks, which DistributedDataParallel's averaging turns into exactly the gradient of one process on the whole batch.
-    Batches of different lengths are fine. Without a process group the tensors come back as they are.
+    Every rank then computes the same loss of the whole batch. The gradient that reaches a rank's rows is the
+    sum over ranks, which DistributedDataParallel's averaging turns into exactly the gradient of one process
+    on the whole batch. Batches of different lengths are fine. Without a process group the tensors come back
+    as they are.
     """
     if not is_distributed():
         return tensors

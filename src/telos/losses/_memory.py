@@ -1,6 +1,5 @@
 """Per-example memory: what a stateful loss remembers about each example of the training set."""
 
-import math
 from collections.abc import Callable
 from typing import Any, Self
 
@@ -102,7 +101,9 @@ class SampleMemory(nn.Module):
                 buffer[index] = top + mean.log()
             else:
                 buffer.scatter_reduce_(0, index, column, "mean", include_self=False)
-        visits = torch.zeros_like(self.seen, dtype=torch.uint8).scatter_reduce_(0, index, finite.byte(), "amax")
+        visits = torch.zeros_like(self.seen, dtype=torch.uint8).scatter_reduce_(
+            0, index, finite.byte(), "amax"
+        )
         self.seen |= visits.bool()
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Self:
@@ -118,4 +119,3 @@ class SampleMemory(nn.Module):
     def extra_repr(self) -> str:
         """Size and names, for ``print``."""
         return f"num_examples={self.num_examples}, {', '.join(self.names)}"
-

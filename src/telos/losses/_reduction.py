@@ -68,9 +68,10 @@ def reduce(
 
 
 def safe_sqrt(squared: Tensor) -> Tensor:
-    """The square root with value and gradient 0 at 0, where the plain one has an infinite slope."""
-    positive = squared > 0
-    return torch.where(positive, torch.where(positive, squared, 1.0).sqrt(), torch.zeros_like(squared))
+    """The square root with value and gradient 0 at 0 (and below), where the plain one has an infinite slope."""
+    # asked this way round, so that a NaN is no zero and propagates
+    zero = squared <= 0
+    return torch.where(zero, torch.zeros_like(squared), torch.where(zero, 1.0, squared).sqrt())
 
 
 def at_target(per_class: Tensor, target: Tensor, formula: Callable[[Tensor], Tensor] | None = None) -> Tensor:
@@ -132,9 +133,10 @@ def classification_rows(
         target = target if class_weight is None else target * class_weight
         weights = logits.new_ones(logits.shape[0])
     else:
-        target = target.reshape(-1)
+        # raised first: -100 would wrap around in a narrow integer dtype
+        target = target.reshape(-1).long()
         kept = target != ignore_index
-        target = torch.where(kept, target, 0).long()
+        target = torch.where(kept, target, 0)
         weights = kept.to(logits.dtype)
         weights = weights if class_weight is None else weights * class_weight[target]
     if sample_weight is not None:

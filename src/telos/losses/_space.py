@@ -17,6 +17,10 @@ class Uniform:
     low: float
     high: float
 
+    def __post_init__(self) -> None:
+        if not self.low < self.high:
+            raise ValueError(f"uniform needs low < high, got low={self.low}, high={self.high}")
+
     def at(self, u: float) -> float:
         """The value at position ``u`` in [0, 1)."""
         return self.low + u * (self.high - self.low)
@@ -35,7 +39,8 @@ class LogUniform:
 
     def at(self, u: float) -> float:
         """The value at position ``u`` in [0, 1)."""
-        return math.exp(math.log(self.low) + u * (math.log(self.high) - math.log(self.low)))
+        value = math.exp(math.log(self.low) + u * (math.log(self.high) - math.log(self.low)))
+        return min(self.high, max(self.low, value))  # rounding must not leave the range
 
 
 @dataclass(frozen=True)
@@ -44,6 +49,10 @@ class Integers:
 
     low: int
     high: int
+
+    def __post_init__(self) -> None:
+        if not self.low <= self.high:
+            raise ValueError(f"integers needs low <= high, got low={self.low}, high={self.high}")
 
     def at(self, u: float) -> int:
         """The value at position ``u`` in [0, 1)."""
@@ -55,6 +64,10 @@ class Choice:
     """One of finitely many options."""
 
     options: tuple[Any, ...]
+
+    def __post_init__(self) -> None:
+        if not self.options:
+            raise ValueError("choice needs at least one option, got none")
 
     def at(self, u: float) -> Any:
         """The option at position ``u`` in [0, 1)."""

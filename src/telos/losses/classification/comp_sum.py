@@ -1,4 +1,4 @@
-"""Comp-sum losses: one knob from sum-exponential through cross-entropy to MAE, and their smooth adversarial form."""
+"""Comp-sum losses, from sum-exponential through cross-entropy to MAE, and their smooth adversarial form."""
 
 from collections.abc import Callable
 from functools import partial
@@ -8,17 +8,18 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from telos.losses._algebra import ClassificationLoss
-from telos.losses._checks import check_range
+from telos.losses._checks import check_integer, check_label_values, check_range, check_shape
 from telos.losses._reduction import (
     Denominator,
     Reduction,
+    at_least_float32,
     at_target,
     classification_rows,
     reduce,
     safe_sqrt,
 )
 from telos.losses._space import log_uniform, uniform
-from telos.losses.robust.attacks import pgd_attack
+from telos.losses.robust.attacks import evaluation_mode, pgd_attack
 
 
 def _phi(log1p_u: Tensor, tau: float) -> Tensor:
@@ -72,14 +73,14 @@ def comp_sum_loss(
         Phi_tau(u) = ((1 + u)^(1 - tau) - 1) / (1 - tau),   Phi_1(u) = log(1 + u)
         loss = Phi_tau(u_y) = (p_y^(tau - 1) - 1) / (1 - tau)
 
-    tau = 0 is the sum-exponential loss, 1 cross-entropy, 1 + q with 0 < q < 1 generalised cross-entropy, 2 MAE
-    (``1 - p_y``). The gradient is ``p_y^(tau - 1) (p - e_y)``: tau below 1 is hard on mistakes, tau above 1 forgives
-    them (and needs more examples per class as the number of classes grows).
+    tau = 0 is the sum-exponential loss, 1 cross-entropy, 1 + q with 0 < q < 1 generalised cross-entropy, 2
+    MAE (``1 - p_y``, half the l1 distance to the label). The gradient is ``p_y^(tau - 1) (p - e_y)``: tau
+    below 1 is hard on mistakes; tau above 1 forgives them, and learns slowly where there are many classes.
 
     Args:
         logits: (N, C) or (N, T, C) scores h.
-        target: (N,) or (N, T) labels in [0, C), or probabilities q of the shape of ``logits``: the loss is then
-            ``sum_y q_y loss(h, y)``.
+        target: (N,) or (N, T) labels in [0, C), or probabilities q of the shape of ``logits``, for which the
+            loss is ``sum_y q_y loss(h, y)``.
         tau: at least 0.
         class_weight: (C,) weight of each class.
         sample_weight: one weight per example.
@@ -165,13 +166,15 @@ def smooth_adversarial_comp_sum_loss(
 
         Phi_tau( sum_{k != y} exp(-(h_y - h_k) / rho) ) + nu * || D_x' - D_x ||_2
 
-    It bounds the adversarial rho-margin loss wherever ``nu >= sqrt(C - 1) / rho``. The attack that makes ``x'``
-    is :func:`comp_sum_attack`. That rho divides the margin inside the exponential is RECONSTRUCTED: the bound needs it.
+    It bounds the adversarial rho-margin loss wherever ``nu >= sqrt(C - 1) / rho``. The attack that makes
+    ``x'`` is :func:`comp_sum_attack`. RECONSTRUCTED: that rho divides the margin inside the exponential; the
+    bound needs it.
 
     Args:
         logits: (N, C) or (N, T, C) scores at the clean inputs.
         target: labels in [0, C) or probabilities of the shape of ``logits``.
-        adversarial_logits: scores at the perturbed inputs, of the shape of ``logits``. Gradients flow into both.
+        adversarial_logits: scores at the perturbed inputs, of the shape of ``logits``; gradients flow into
+            both.
         tau: at least 0; the paper tunes it in [0, 1].
         rho: margin scale, above 0.
         nu: weight of the margin shift, at least 0.
@@ -287,8 +290,8 @@ def rho_margin_comp_sum_loss(
 ) -> Tensor:
     r"""Rho-margin comp-sum loss, ``Phi_tau(sum_{k != y} clip(1 - (h_y - h_k) / rho, 0, 1))``.
 
-    At adversarial scores this is the tight, non-smooth loss that :func:`smooth_adversarial_comp_sum_loss` bounds:
-    made to be evaluated, flat wherever a margin lies outside [0, rho].
+    At adversarial scores this is the tight, non-smooth loss that :func:`smooth_adversarial_comp_sum_loss`
+    bounds: made to be evaluated, flat wherever a margin lies outside [0, rho].
 
     Args:
         logits: (N, C) or (N, T, C) scores, usually at perturbed inputs.
@@ -347,9 +350,9 @@ def comp_sum_attack(
     Starts at ``x + 0.001 * N(0, 1)``, since the distance has no slope at ``x`` itself.
 
     Args:
-        model: inputs to logits (N, C). Its mode is left as it is and no parameter gradient is touched; put batch
-            normalisation in ``eval`` mode around the call if the attack should not move its statistics.
-        inputs: (N, ...) clean inputs.
+        model: inputs to logits (N, C). A module is attacked in evaluation mode, so that no running statistics
+            move, and gets its modes back; no parameter gradient is touched.
+        inputs: (N, ...) clean inputs, within ``bounds``.
         target: (N,) labels.
         radius: size of the ball.
         steps: number of ascent steps.
@@ -362,7 +365,8 @@ def comp_sum_attack(
         Perturbed inputs of the shape of ``inputs``, detached.
 
     Raises:
-        ValueError: for a parameter out of range.
+        ValueError: for a parameter or a label out of range, inputs outside ``bounds`` or a wrong shape.
+        TypeError: for a wrong dtype.
 
     Source:
         Cross-Entropy Loss Functions: Theoretical Analysis and Applications, arXiv 2304.07288.
@@ -374,19 +378,24 @@ def comp_sum_attack(
         >>> bool((moved - 0.5).abs().max() <= 0.1 + 1e-6)
         True
     """
-    with torch.no_grad():
-        clean = model(inputs)
-    return pgd_attack(
-        lambda moved: _margin_distance(clean, target, model(moved)).sum(),
-        inputs,
-        radius=radius,
-        steps=steps,
-        step_size=step_size,
-        norm=norm,
-        bounds=bounds,
-        start="gaussian",
-        generator=generator,
-    )
+    check_shape("target", target, (inputs.shape[0],))
+    check_integer("target", target)
+    target = target.long()
+    with evaluation_mode(model):
+        with torch.no_grad():
+            clean = at_least_float32(model(inputs))
+        check_label_values("target", target, clean.shape[-1])
+        return pgd_attack(
+            lambda moved: _margin_distance(clean, target, at_least_float32(model(moved))).sum(),
+            inputs,
+            radius=radius,
+            steps=steps,
+            step_size=step_size,
+            norm=norm,
+            bounds=bounds,
+            start="gaussian",
+            generator=generator,
+        )
 
 
 def _check_margin(tau: float, rho: float, nu: float) -> None:

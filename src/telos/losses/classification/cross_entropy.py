@@ -28,7 +28,7 @@ def cross_entropy_loss(
 ) -> Tensor:
     r"""Softmax cross-entropy, ``-log softmax(logits)_y``.
 
-    Torch's own function behind the doors of this library: ``sample_weight`` and ``denominator`` are what it adds.
+    Torch's own function behind the doors of this library, which add ``sample_weight`` and ``denominator``.
 
     Args:
         logits: (N, C) or (N, T, C) scores, any real numbers.
@@ -89,7 +89,7 @@ def label_smoothing_loss(
 ) -> Tensor:
     r"""Cross-entropy against smoothed labels.
 
-    The target distribution keeps ``1 - smoothing`` of its mass and spreads the rest evenly over the C classes::
+    The target keeps ``1 - smoothing`` of its mass and spreads the rest evenly over the C classes::
 
         (1 - s) * (-log p_y) + s * mean_k(-log p_k),   p = softmax(logits)
 

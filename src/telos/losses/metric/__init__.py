@@ -1,3 +1,11 @@
-"""placeholder."""
+"""Losses on embeddings and labels: ``loss(embeddings (N, D), labels (N,))``."""
 
-__all__: list[str] = []
+from telos.losses.metric.normalized_softmax import NormalizedSoftmaxLoss, normalized_softmax_loss
+from telos.losses.metric.supcon import SupConLoss, supcon_loss
+
+__all__ = [
+    "NormalizedSoftmaxLoss",
+    "SupConLoss",
+    "normalized_softmax_loss",
+    "supcon_loss",
+]

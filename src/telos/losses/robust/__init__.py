@@ -1,5 +1,5 @@
-"""Losses that pick or bound their own worst case, and the attacks that they share."""
+"""Losses that pick or bound their own worst case, ``loss(model, inputs, target)``, and their attacks."""
 
-from telos.losses.robust.attacks import pgd_attack
+from telos.losses.robust.attacks import AdversarialLoss, pgd_attack
 
-__all__ = ["pgd_attack"]
+__all__ = ["AdversarialLoss", "pgd_attack"]

@@ -1,0 +1,6 @@
+"""Generated worlds that experiments and tests share, one file per kind."""
+
+from telos.data.synthetic.algorithmic import ModularSums, modular_sums
+from telos.data.synthetic.label_noise import pairwise_label_noise, uniform_label_noise
+
+__all__ = ["ModularSums", "modular_sums", "pairwise_label_noise", "uniform_label_noise"]
