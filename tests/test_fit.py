@@ -2,8 +2,9 @@
 
 import pytest
 import torch
-from telos.fit import Diverged, fit
 from torch import Tensor, nn
+
+from telos.fit import Diverged, fit
 
 
 def quadratic(start: float = 1.0) -> tuple[nn.Parameter, torch.optim.Optimizer]:

@@ -5,9 +5,10 @@ import signal
 
 import numpy as np
 import torch
+from torch import Tensor, nn
+
 from telos.losses import ClassificationLoss
 from telos.trials import ClassificationTask
-from torch import Tensor, nn
 
 
 def _blobs() -> tuple[np.ndarray, np.ndarray]:

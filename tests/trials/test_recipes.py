@@ -2,9 +2,10 @@
 
 import pytest
 import torch
+from torch import nn
+
 from telos.losses import CompSumLoss, CrossEntropyLoss, FocalLoss, LabelSmoothingLoss, Mixture, TaskInfo
 from telos.trials import UsageError, loss_names, parse_recipes
-from torch import nn
 
 TEN = TaskInfo("classification", num_classes=10, num_examples=50, dim=8, supplies=frozenset({"index"}))
 
@@ -105,7 +106,7 @@ def test_what_is_no_recipe(loss: str, message: str) -> None:
 @pytest.mark.parametrize(
     ("optim", "message"),
     [
-        ("adamv", r"unknown optimizer 'adamv'; nearest: adamw"),
+        ("adamww", r"unknown optimizer 'adamww'; nearest: adamw"),
         ("adamw:beta=1", r"adamw has no hyper-parameter 'beta'; nearest: betas"),
     ],
 )

@@ -1,6 +1,7 @@
 """Search: untuned first, then a sequence that recipe and trial number decide."""
 
 import pytest
+
 from telos.losses import choice, integers, log_uniform, uniform
 from telos.trials import best_trial, configuration, load_task, parse_recipes, search_space
 from telos.trials.search import describe

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import sqlalchemy
+
 from telos.trials import Run, Store, StoreError
 
 RUN = Run(

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 from sklearn.metrics import f1_score, log_loss
+
 from telos.losses import CrossEntropyLoss, Mixture
 from telos.trials import BUILT_IN, Batches, ClassificationTask, UsageError, classification_metrics, load_task
 from tests.trials.examples import BLOBS, Remembering

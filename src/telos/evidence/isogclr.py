@@ -79,7 +79,9 @@ def train(loss: nn.Module, images: Tensor, epochs: int, seed: int) -> nn.Sequent
 
 
 @torch.no_grad()
-def knn_accuracy(encoder: nn.Module, train_set: tuple[Tensor, Tensor], test_set: tuple[Tensor, Tensor]) -> float:
+def knn_accuracy(
+    encoder: nn.Module, train_set: tuple[Tensor, Tensor], test_set: tuple[Tensor, Tensor]
+) -> float:
     """Mean over classes of the accuracy of a cosine 10-nearest-neighbour vote."""
     (images, labels), (test_images, test_labels) = train_set, test_set
     keys, queries = (normalize(encoder(x.flatten(1)), dim=-1) for x in (images, test_images))
@@ -100,14 +102,73 @@ def run(seed: int, budget: str) -> dict[str, float]:
         return knn_accuracy(encoder, (images, labels), (test_images, test_labels))
 
     for rho in RHOS:
-        loss = ISogCLRLoss(len(images), rho=rho, temperature=0.1, gamma=0.8, temperature_lr=0.03, momentum=0.5)
+        loss = ISogCLRLoss(
+            len(images), rho=rho, temperature=0.1, gamma=0.8, temperature_lr=0.03, momentum=0.5
+        )
         results[f"knn_isogclr_rho_{rho}"] = accuracy(loss)
         temperatures = loss.memory_of("temperatures")
         results[f"temperature_gap_rho_{rho}"] = (temperatures[head].mean() - temperatures[tail].mean()).item()
         results[f"temperature_mean_rho_{rho}"] = temperatures.mean().item()
     for temperature in (0.1, 0.3):
-        loss = SogCLRLoss(len(images), temperature=temperature, gamma=0.8)
-        results[f"knn_sogclr_{temperature}"] = accuracy(loss)
-    best_fixed = max(results["knn_sogclr_0.1"], results["knn_sogclr_0.3"])
-    results["knn_gain"] = results["knn_isogclr_rho_0.2"] - best_fixed
+        results[f"knn_sogclr_{temperature}"] = accuracy(
+            SogCLRLoss(len(images), temperature=temperature, gamma=0.8)
+        )
+        gain = results["knn_isogclr_rho_0.2"] - results[f"knn_sogclr_{temperature}"]
+        results[f"knn_gain_over_{temperature}"] = gain
     return results
+
+
+STUDY = Study(
+    slug="isogclr",
+    claim=(
+        "On a long tail of digits, training examples of frequent classes learn larger temperatures than "
+        "those of rare classes, at both KL radii."
+    ),
+    protocol=(
+        "scikit-learn digits; class sizes 120 * 0.04^(c/9) (120 to 5), digits shuffled over them per seed; "
+        "all other images are the test set. Two views: shift by up to a pixel, a fifth of the pixels "
+        "dropped, intensity factor in [0.8, 1.2], noise 0.15. Encoder 64-128-128-64 and projector 64-64-32 "
+        "with batch norm, Adam 2e-3, batch 64, 80 epochs (400 in the full budget). iSogCLR with radius 0.2 "
+        "and 0.4, first temperature 0.1 in [0.05, 1], step 0.03, momentum 0.5, gamma 0.8; SogCLR at 0.1 and "
+        "0.3 from the same weights and batches. Mean final temperature of examples of classes with at least "
+        "50 images minus that of classes with at most 12; class-averaged accuracy of a cosine 10-nearest-"
+        "neighbour vote of encoder features."
+    ),
+    decision=(
+        "Reproduced if the one-sided 95 % bound of the temperature gap over seeds exceeds 0 at both radii. "
+        "Accuracy against SogCLR (radius 0.2) is reported and does not enter: this scale did not show the "
+        "paper's gain in the pilots."
+    ),
+    effects=(
+        Effect(
+            "temperature_gap_rho_0.2",
+            "mean temperature of head classes minus that of tail classes, radius 0.2",
+            threshold=0.0,
+        ),
+        Effect(
+            "temperature_gap_rho_0.4",
+            "mean temperature of head classes minus that of tail classes, radius 0.4",
+            threshold=0.0,
+        ),
+        Effect(
+            "knn_gain_over_0.1",
+            "nearest-neighbour accuracy of iSogCLR (radius 0.2) minus that of SogCLR at 0.1",
+            threshold=0.0,
+            required=False,
+        ),
+        Effect(
+            "knn_gain_over_0.3",
+            "nearest-neighbour accuracy of iSogCLR (radius 0.2) minus that of SogCLR at 0.3",
+            threshold=0.0,
+            required=False,
+        ),
+    ),
+    pilot=(
+        "An earlier trial of the same design, with an implementation of its own: gaps of 0.095, 0.130 and "
+        "0.061 at radius 0.2 on 3 seeds, positive in 9 of 9 runs with radii 0.2, 0.4 and 0.8; accuracies "
+        "within 0.03 of SogCLR's with no clear sign. This code, seeds 0 to 2: gaps 0.096, 0.124 and 0.073 at "
+        "radius 0.2 and 0.034, 0.120 and 0.076 at radius 0.4; accuracy minus SogCLR's -0.047, -0.047 and "
+        "-0.033 (at 0.1), -0.030, -0.017 and -0.020 (at 0.3). Nothing was changed after them."
+    ),
+    run=run,
+)

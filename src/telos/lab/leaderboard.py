@@ -142,13 +142,12 @@ def conclusion(comparison: Comparison) -> str:
     if all(verdict == "n too small to test" for verdict in verdicts):
         return first + f" {_seeds(plan.seeds).capitalize()} cannot carry a test of any difference to {base}."
     counts = {kind: verdicts.count(kind) for kind in ("better", "worse", "practically equal")}
+    counts["unclear after Holm's correction"] = verdicts.count("unclear after correction")
     counts[f"without a difference that {_seeds(plan.seeds)} can show"] = len(verdicts) - sum(counts.values())
     parts = [f"{count} {words}" for words, count in counts.items() if count]
     listed = parts[0] if len(parts) == 1 else f"{', '.join(parts[:-1])} and {parts[-1]}"
-    second = (
-        f" Against {base}, after Holm's correction, the {_count(len(verdicts), 'other recipe')} came out as "
-    )
-    return first + second + f"{listed}; this holds for this task, model and tuning budget."
+    second = f" Tested against {base}, the {_count(len(verdicts), 'other recipe')} came out as {listed}"
+    return first + second + "; this holds for this task, model and tuning budget."
 
 
 def _interval(estimate: Estimate) -> str:

@@ -191,7 +191,7 @@ def _leaderboard(comparison: Comparison, table: list[dict[str, Any]], colours: d
             f'<td data-value="{escape(row["recipe"])}">{name}</td>',
             _cell(row[plan.metric], ".4f"),
             _difference_cell(row),
-            f'<td class="wide tag {kind}">{escape(said(row))}</td>',
+            f'<td class="wide {kind}">{escape(said(row))}</td>',
             *(_cell(row[other], ".4f") for other in others),
             _cell(row["seconds"], ".2f"),
         ]

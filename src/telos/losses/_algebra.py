@@ -1,9 +1,11 @@
 """Losses of a family form a small algebra: ``ZLoss() + 0.1 * FocalLoss()`` is a loss of the family."""
 
 import inspect
+import math
 import re
 from collections.abc import Callable, Sequence
-from typing import Any, ClassVar, Self, TypeAlias, overload
+from dataclasses import dataclass
+from typing import Any, ClassVar, Self, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -48,7 +50,7 @@ class Loss(nn.Module):
     def __add__(self, other: nn.Module) -> "Mixture":
         return Mixture([*_weighted_terms(self), *_weighted_terms(other)])
 
-    def __radd__(self, other: nn.Module) -> "Mixture":
+    def __radd__(self, other: nn.Module | int) -> "Mixture":
         # sum([...]) starts from the number 0
         if isinstance(other, int) and other == 0:
             return Mixture(_weighted_terms(self))
@@ -226,20 +228,24 @@ def _weighted_terms(loss: Any) -> list[tuple[Weight, nn.Module]]:
     raise TypeError(f"a loss can be added to a torch.nn.Module, got {type(loss).__name__}")
 
 
-@overload
-def _product(first: float, second: float) -> float: ...
-@overload
-def _product(first: Weight, second: Weight) -> Weight: ...
 def _product(first: Weight, second: Weight) -> Weight:
     if not callable(first) and not isinstance(first, int | float):
         raise TypeError(f"a weight must be a number or a function of the step, got {type(first).__name__}")
     if not callable(first) and not callable(second):
         return float(first) * float(second)
+    return _Scheduled(first, second)
 
-    def at(weight: Weight, step: int) -> float:
-        return weight(step) if callable(weight) else float(weight)
 
-    return lambda step: at(first, step) * at(second, step)
+@dataclass(frozen=True)
+class _Scheduled:
+    """A product of weights of which at least one is a schedule; a closure could not be pickled."""
+
+    first: Weight
+    second: Weight
+
+    def __call__(self, step: int) -> float:
+        weights = (self.first, self.second)
+        return math.prod(weight(step) if callable(weight) else float(weight) for weight in weights)
 
 
 def _unique(names: list[str]) -> list[str]:

@@ -111,8 +111,9 @@ def verdict(difference: Estimate, p_corrected: float | None, band: float, direct
         direction: ``"max"`` where more is better.
 
     Returns:
-        ``"better"``, ``"worse"``, ``"practically equal"`` (the interval lies inside the band), ``"no
-        difference that n seeds can show"``, or ``"n too small to test"``.
+        ``"better"`` or ``"worse"``; ``"practically equal"`` (the interval lies inside the band); ``"unclear
+        after correction"`` (significant alone, not among so many comparisons); ``"no difference that n seeds
+        can show"``; or ``"n too small to test"``.
 
     Example:
         >>> verdict(resampled_interval([0.1, 0.12, 0.11, 0.1, 0.12], 0.4), 0.001, band=0.01)
@@ -123,4 +124,9 @@ def verdict(difference: Estimate, p_corrected: float | None, band: float, direct
     inside = -band < difference.low and difference.high < band
     if p_corrected < 0.05 and not inside:
         return "better" if (difference.mean > 0) == (direction == "max") else "worse"
-    return "practically equal" if inside else f"no difference that {difference.n} seeds can show"
+    if inside:
+        return "practically equal"
+    if difference.p_value < 0.05:
+        # the interval, which is not corrected, leaves zero out
+        return "unclear after correction"
+    return f"no difference that {difference.n} seeds can show"

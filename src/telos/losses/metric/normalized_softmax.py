@@ -28,17 +28,11 @@ def _cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
     return F.cross_entropy(logits, labels, reduction="none")
 
 
-def _still_at_zero(rows: Tensor) -> Tensor:
-    """The same rows; one that is exactly zero has no direction, and gets gradient 0 instead of a huge one."""
-    return torch.where((rows != 0).any(-1, keepdim=True), rows, rows.detach())
-
-
 def spherical_logits(embeddings: Tensor, weight: Tensor, scale: float | Tensor, mode: str) -> Tensor:
     """``s cos(e, w_c)``; with ``mode="project"`` the rows of ``weight`` are taken as they are."""
-    embeddings = _still_at_zero(embeddings)
     if mode == "project":
         return scaled_products(normalized_rows(embeddings), weight, scale)
-    return cosine_logits(embeddings, _still_at_zero(weight), scale)
+    return cosine_logits(embeddings, weight, scale)
 
 
 @torch.no_grad()
