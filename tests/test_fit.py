@@ -24,7 +24,9 @@ def test_it_takes_the_steps_that_one_would_take_by_hand() -> None:
 
 def test_named_losses_are_summed_and_reported_apart() -> None:
     weight, optimizer = quadratic()
-    history = fit(lambda x: {"a": weight * x, "b": 2 * weight * x}, [torch.tensor(1.0)] * 2, optimizer, epochs=1)
+    history = fit(
+        lambda x: {"a": weight * x, "b": 2 * weight * x}, [torch.tensor(1.0)] * 2, optimizer, epochs=1
+    )
     # the gradient is 3 both times: 1 -> 0.25 -> -0.5; the record holds the means of the two batches
     assert weight.item() == -0.5
     assert history[0]["a"] == pytest.approx((1.0 + 0.25) / 2)

@@ -43,7 +43,9 @@ def test_compare_writes_page_store_and_table(tmp_path: Path, capsys: pytest.Capt
     assert len(stored(tmp_path / "demo" / "store.sqlite")) == 2 * (2 + 2)
 
 
-def test_the_same_command_twice_gives_the_same_numbers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_same_command_twice_gives_the_same_numbers(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     boards = []
     for name in ("one", "two", "two"):
         words = [BLOBS, "loss=cross_entropy,focal", *SMALL, f"out={tmp_path}/{name}", "--json"]
@@ -154,7 +156,9 @@ def test_a_recipe_that_diverges_or_raises_is_shown_and_the_others_finish(
     assert "No recipe finished" in capsys.readouterr().out
 
 
-def test_stores_that_cannot_be_used_are_one_sentence(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_stores_that_cannot_be_used_are_one_sentence(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     (tmp_path / "file").write_text("x")
     (tmp_path / "old").mkdir()
     with contextlib.closing(sqlite3.connect(tmp_path / "old" / "store.sqlite")) as connection:
@@ -171,7 +175,9 @@ def test_stores_that_cannot_be_used_are_one_sentence(tmp_path: Path, capsys: pyt
     assert command.report([]) == 2
 
 
-def test_a_page_that_cannot_be_written_loses_no_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_page_that_cannot_be_written_loses_no_run(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     (tmp_path / "report.html").mkdir()
     words = [BLOBS, "loss=focal", "seeds=1", "trials=1", "processes=0", f"out={tmp_path}"]
     assert command.compare(words) == 1
@@ -212,7 +218,16 @@ def test_kill_9_and_the_same_command_goes_on(tmp_path: Path) -> None:
     words = [BLOBS, "loss=cross_entropy,focal", "seeds=3", "trials=3", "tuning_seeds=2", "epochs=60"]
     every = 2 * (3 * 2 + 3)
     killed, undisturbed = tmp_path / "killed", tmp_path / "undisturbed"
-    line = [sys.executable, "-m", "telos.lab.command", "compare", *words, "processes=2", f"out={killed}", "--quiet"]
+    line = [
+        sys.executable,
+        "-m",
+        "telos.lab.command",
+        "compare",
+        *words,
+        "processes=2",
+        f"out={killed}",
+        "--quiet",
+    ]
     root = Path(__file__).parents[2]  # where the task can be imported from
 
     process = subprocess.Popen(line, cwd=root, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)

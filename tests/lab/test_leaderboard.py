@@ -97,14 +97,17 @@ def test_a_clear_difference_in_two_sentences() -> None:
     first, second = sentences(BETTER)
     assert "focal had the highest mean test accuracy over 8 seeds" in first
     assert "for the baseline cross_entropy (paired difference +0.1" in first
-    assert "the 1 other recipe came out as 1 better; this holds for this task, model and tuning budget." in second
+    assert (
+        "focal came out better; this holds for this task, model and tuning budget."
+        in second
+    )
 
 
 def test_no_difference_is_not_called_one() -> None:
     same = comparison({"cross_entropy": noisy(0.8, 0), "focal": (np.array(noisy(0.8, 1)) * 1.001).tolist()})
     text = conclusion(same)
     assert "better" not in text
-    assert "1 practically equal" in text or "without a difference that 8 seeds can show" in text
+    assert "came out practically equal" in text or "without a difference that 8 seeds can show" in text
 
 
 def test_few_seeds_are_not_tested() -> None:
@@ -129,4 +132,12 @@ def test_less_may_be_better() -> None:
     plan = replace(BETTER.plan, metric="nll", direction="min")
     text = conclusion(replace(BETTER, plan=plan))
     assert "cross_entropy had the lowest mean test NLL" in text
-    assert "1 worse" in text
+    assert "focal came out worse" in text
+
+
+def test_several_recipes_are_counted() -> None:
+    found = comparison(
+        {"cross_entropy": noisy(0.8, 0), "focal": noisy(0.9, 1), "gce": noisy(0.7, 2), "mae": noisy(0.95, 3)},
+        "cross_entropy,focal,gce,mae",
+    )
+    assert "the 3 other recipes came out as 2 better and 1 worse; this holds" in conclusion(found)

@@ -85,7 +85,9 @@ def test_differences_are_paired_by_seed(done) -> None:
     assert list(comparison.differences()) == ["focal"]
     difference = comparison.differences()["focal"]
     first, second = (entry.values("test_accuracy") for entry in comparison.entries[:2])
-    assert difference.estimate.mean == pytest.approx(np.mean([second[seed] - first[seed] for seed in range(5)]))
+    assert difference.estimate.mean == pytest.approx(
+        np.mean([second[seed] - first[seed] for seed in range(5)])
+    )
     assert difference.estimate.n == 5
     assert comparison.test_share == pytest.approx(30 / 72)
     assert difference.p_corrected == pytest.approx(difference.estimate.p_value)
@@ -119,7 +121,9 @@ def test_more_trials_and_seeds_reuse_what_is_there(done) -> None:
 
 def test_two_stores_one_set_of_numbers(done, tmp_path: Path) -> None:
     comparison, _, _ = done
-    fresh = compare(BLOBS, "cross_entropy,focal", seeds=5, trials=3, tuning_seeds=2, store=tmp_path / "s.sqlite")
+    fresh = compare(
+        BLOBS, "cross_entropy,focal", seeds=5, trials=3, tuning_seeds=2, store=tmp_path / "s.sqlite"
+    )
     for entry, twin in zip(comparison.entries, fresh.entries, strict=False):
         assert [run.metrics for run in entry.evaluation] == [run.metrics for run in twin.evaluation]
         assert [run.hyperparameters for run in entry.tuning] == [run.hyperparameters for run in twin.tuning]
@@ -154,7 +158,10 @@ def test_one_trial_needs_no_tuning() -> None:
 
 def test_an_in_memory_store_by_default_and_a_grid_over_optimizers() -> None:
     comparison = compare(BLOBS, "cross_entropy", optim="adamw,sgd", seeds=2, trials=1, epochs=1)
-    assert [entry.recipe.label for entry in comparison.entries] == ["cross_entropy / adamw", "cross_entropy / sgd"]
+    assert [entry.recipe.label for entry in comparison.entries] == [
+        "cross_entropy / adamw",
+        "cross_entropy / sgd",
+    ]
     assert comparison.differences()["cross_entropy / sgd"].verdict == "n too small to test"
 
 

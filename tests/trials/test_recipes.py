@@ -144,7 +144,12 @@ def test_optimizers_are_built_with_what_was_chosen_and_fixed() -> None:
     group = optimizer.param_groups[0]
     assert optimizer is scheduled
     assert type(optimizer) is torch.optim.SGD
-    assert (group["lr"], group["weight_decay"], group["momentum"], group["nesterov"]) == (0.3, 0.01, 0.9, True)
+    assert (group["lr"], group["weight_decay"], group["momentum"], group["nesterov"]) == (
+        0.3,
+        0.01,
+        0.9,
+        True,
+    )
     assert recipe.misfit(TEN) is None
     # LBFGS has no weight decay, so it cannot be searched fairly
     reason = parse_recipes("focal", "torch.optim:LBFGS")[0].misfit(TEN)

@@ -11,7 +11,9 @@ from telos.trials.runner import code_hash, versions
 BLOBS = "tests.trials.examples:BLOBS"
 
 
-def job(loss: str = "cross_entropy", optim: str = "adamw", role: str = "evaluation", seed: int = 0, **more) -> Job:
+def job(
+    loss: str = "cross_entropy", optim: str = "adamw", role: str = "evaluation", seed: int = 0, **more
+) -> Job:
     (recipe,) = parse_recipes(loss, optim)
     chosen = {"learning_rate": 0.01, "weight_decay": 0.01, **more}
     return Job(BLOBS, loss, optim, recipe.canonical, role, 0, chosen, seed, 2, "code")

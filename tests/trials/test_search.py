@@ -24,7 +24,9 @@ def test_trials_are_decided_by_recipe_and_number_alone() -> None:
     assert len({tuple(found.values()) for found in forwards}) == 5
     (spelt,) = parse_recipes("FocalLoss")
     assert configuration(spelt, BLOBS, 3) == configuration(focal, BLOBS, 3)
-    assert configuration(comp_sum, BLOBS, 3)["learning_rate"] != configuration(focal, BLOBS, 3)["learning_rate"]
+    assert (
+        configuration(comp_sum, BLOBS, 3)["learning_rate"] != configuration(focal, BLOBS, 3)["learning_rate"]
+    )
 
 
 def test_learning_rate_and_weight_decay_are_always_searched_within_their_ranges() -> None:

@@ -87,7 +87,9 @@ def test_a_database_of_something_else(tmp_path: Path) -> None:
 def test_a_corrupt_file(tmp_path: Path) -> None:
     path = tmp_path / "s.sqlite"
     path.write_bytes(b"certainly not a database " * 100)
-    with pytest.raises(StoreError, match=r"cannot open the store .*: file is not a database; choose another out="):
+    with pytest.raises(
+        StoreError, match=r"cannot open the store .*: file is not a database; choose another out="
+    ):
         Store(path)
     assert path.read_bytes().startswith(b"certainly")
 
@@ -112,7 +114,9 @@ def test_a_store_that_may_only_be_read(tmp_path: Path) -> None:
     # as SQLite sees a file in a read-only folder, also for the superuser, whom permissions do not stop
     readonly = Store(f"sqlite:///file:{path}?mode=ro&uri=true")
     assert readonly.find(["k1"]) == {"k1": RUN}
-    with pytest.raises(StoreError, match="cannot write to the store .*: attempt to write a readonly database"):
+    with pytest.raises(
+        StoreError, match="cannot write to the store .*: attempt to write a readonly database"
+    ):
         readonly.add(replace(RUN, key="k2"))
     assert Store(path).find(["k1", "k2"]) == {"k1": RUN}
 

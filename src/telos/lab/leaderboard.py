@@ -144,9 +144,11 @@ def conclusion(comparison: Comparison) -> str:
     counts = {kind: verdicts.count(kind) for kind in ("better", "worse", "practically equal")}
     counts["unclear after Holm's correction"] = verdicts.count("unclear after correction")
     counts[f"without a difference that {_seeds(plan.seeds)} can show"] = len(verdicts) - sum(counts.values())
-    parts = [f"{count} {words}" for words, count in counts.items() if count]
+    alone = len(verdicts) == 1
+    parts = [words if alone else f"{count} {words}" for words, count in counts.items() if count]
     listed = parts[0] if len(parts) == 1 else f"{', '.join(parts[:-1])} and {parts[-1]}"
-    second = f" Tested against {base}, the {_count(len(verdicts), 'other recipe')} came out as {listed}"
+    others = f"{next(iter(differences))} came out" if alone else f"the {len(verdicts)} other recipes came out as"
+    second = f" Tested against {base}, {others} {listed}"
     return first + second + "; this holds for this task, model and tuning budget."
 
 

@@ -2,7 +2,7 @@
 
 from telos.losses import aggregate, classification, contrastive, metric, robust
 from telos.losses._algebra import ClassificationLoss, Loss, Mixture
-from telos.losses._reduction import reduce
+from telos.losses._reduction import at_target, classification_rows, reduce
 from telos.losses._space import choice, integers, log_uniform, uniform
 from telos.losses._task import TaskInfo, misfit
 from telos.losses.aggregate import *  # noqa: F403
@@ -16,7 +16,9 @@ __all__ = [
     "Loss",
     "Mixture",
     "TaskInfo",
+    "at_target",
     "choice",
+    "classification_rows",
     "integers",
     "log_uniform",
     "misfit",

@@ -30,7 +30,14 @@ class Loss(nn.Module):
         family: the call signature, for example ``"classification"``.
         needs: keywords that the call requires beyond the family's.
         binary_only: whether the loss is defined for two classes only.
-        space: the ranges in which its hyper-parameters are worth searching; the default is the value to use untuned.
+        space: the ranges in which its hyper-parameters are worth searching; the default is the value to use
+            untuned.
+
+    Example:
+        >>> import torch
+        >>> from telos.losses import CrossEntropyLoss
+        >>> sorted(CrossEntropyLoss().terms(torch.zeros(1, 2), torch.tensor([0])))
+        ['cross_entropy_loss']
     """
 
     family: ClassVar[str] = ""
@@ -66,6 +73,15 @@ class ClassificationLoss(Loss):
     """A row-wise loss on ``(logits (..., C), target)``: a subclass writes its formula as ``values``.
 
     ``rows`` gives the values and weights of the examples, ``forward`` reduces them.
+
+    Example:
+        >>> import torch
+        >>> class Brier(ClassificationLoss):
+        ...     def values(self, logits, target):
+        ...         p = logits.softmax(-1)
+        ...         return p.square().sum(-1) - 2 * p.gather(-1, target[:, None]).squeeze(-1) + 1
+        >>> Brier()(torch.zeros(2, 4), torch.tensor([0, 3]))
+        tensor(0.7500)
     """
 
     family = "classification"

@@ -48,6 +48,11 @@ def reduce(
             accumulation (the count over all micro-batches); ``"global"`` is the mean of ``sum(w)`` over the ranks
             of the default process group, with which DistributedDataParallel's averaged gradient equals that of
             one process on the whole batch. Where nothing counts the mean is 0, with a graph.
+
+    Example:
+        >>> import torch
+        >>> reduce(torch.tensor([1.0, 2.0, float("nan")]), torch.tensor([1.0, 3.0, 0.0]))
+        tensor(1.7500)
     """
     check_reduction(reduction, denominator)
     weighted = torch.where(weights == 0, torch.zeros_like(values), values) * weights
@@ -80,6 +85,13 @@ def at_target(per_class: Tensor, target: Tensor, formula: Callable[[Tensor], Ten
     With labels (M,) only the M picked entries of ``per_class`` (M, C) pass through ``formula``; with probabilities
     q (M, C) the result is ``sum_y q_y formula(per_class)_y``, where a class of probability 0 adds nothing even if its
     loss is infinite.
+
+    Example:
+        >>> import torch
+        >>> at_target(torch.tensor([[1.0, 2.0, 3.0]]), torch.tensor([2]), torch.square)
+        tensor([9.])
+        >>> at_target(torch.tensor([[1.0, 2.0, 3.0]]), torch.tensor([[0.5, 0.5, 0.0]]), torch.square)
+        tensor([2.5000])
     """
     formula = formula or (lambda entries: entries)
     if target.ndim == per_class.ndim - 1:
@@ -118,6 +130,14 @@ def classification_rows(
         minimum_classes: fewest classes for which the formula means something.
         companions: further tensors of the shape of ``logits``, by the argument name that errors should use (logits
             at a perturbed input, say); they are flattened, raised and masked with it.
+
+    Example:
+        >>> import torch
+        >>> def margin(logits, target):
+        ...     return at_target(-logits, target)
+        >>> logits, target = torch.tensor([[1.0, 2.0], [torch.nan, 0.0]]), torch.tensor([1, -100])
+        >>> classification_rows(margin, logits, target)
+        (tensor([-2., -0.]), tensor([1., 0.]))
     """
     check_classification(logits, target, class_weight, sample_weight, ignore_index, minimum_classes)
     batch_shape, classes = logits.shape[:-1], logits.shape[-1]

@@ -79,20 +79,40 @@ Space: TypeAlias = Mapping[str, Range]
 
 
 def uniform(low: float, high: float) -> Uniform:
-    """Real numbers between ``low`` and ``high``, evenly spread."""
+    """Real numbers between ``low`` and ``high``, evenly spread.
+
+    Example:
+        >>> uniform(0.0, 2.0).at(0.25)
+        0.5
+    """
     return Uniform(low, high)
 
 
 def log_uniform(low: float, high: float) -> LogUniform:
-    """Positive real numbers between ``low`` and ``high``, evenly spread in the logarithm."""
+    """Positive real numbers between ``low`` and ``high``, evenly spread in the logarithm.
+
+    Example:
+        >>> round(log_uniform(0.1, 10.0).at(0.5), 6)
+        1.0
+    """
     return LogUniform(low, high)
 
 
 def integers(low: int, high: int) -> Integers:
-    """Whole numbers from ``low`` to ``high``, both included."""
+    """Whole numbers from ``low`` to ``high``, both included.
+
+    Example:
+        >>> [integers(1, 3).at(u) for u in (0.0, 0.5, 0.99)]
+        [1, 2, 3]
+    """
     return Integers(low, high)
 
 
 def choice(*options: Any) -> Choice:
-    """One of finitely many options."""
+    """One of finitely many options.
+
+    Example:
+        >>> choice("linf", "l2").at(0.7)
+        'l2'
+    """
     return Choice(options)

@@ -31,6 +31,11 @@ def misfit(loss: type[nn.Module] | nn.Module, info: TaskInfo) -> str | None:
 
     ``loss`` may be a class (before it is built) or a module; a plain ``nn.Module`` declares nothing and is
     taken to fit.
+
+    Example:
+        >>> from telos.losses import FocalLoss
+        >>> misfit(FocalLoss, TaskInfo(family="metric"))
+        'FocalLoss is a classification loss and the task calls a metric loss'
     """
     name = loss.__name__ if isinstance(loss, type) else type(loss).__name__
     family = getattr(loss, "family", None)

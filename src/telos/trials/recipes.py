@@ -98,6 +98,8 @@ class Recipe:
             self.build_loss(info, {})
         except Exception as error:
             return str(error) or type(error).__name__
+        if self.optimizer.optimizer in (AdamW, SGD) and not self.optimizer.fixed:
+            return None  # torch takes a second to build its first optimizer
         try:
             self.build_optimizer([nn.Parameter(torch.zeros(1))], learning_rate=1e-3, weight_decay=0.0)
         except Exception as error:

@@ -185,9 +185,11 @@ class Workers:
 
     def __exit__(self, *error: object) -> None:
         if self._pool is not None:
+            processes = list((self._pool._processes or {}).values())
             self._pool.shutdown(wait=error[0] is None, cancel_futures=True)
             if error[0] is not None:
-                for process in list((self._pool._processes or {}).values()):
+                # interrupted, or the store failed: what is still running has nowhere to go
+                for process in processes:
                     process.terminate()
 
     def run(self, jobs: Sequence[Job]) -> Iterator[Run]:
