@@ -16,6 +16,9 @@ author = "The telos authors"
 release = version = telos.__version__
 copyright = author
 
+# straight quotes: claims and code are searched for as they are written
+smartquotes = False
+
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.viewcode"]
 exclude_patterns = ["_build", "reference/*.inc"]
 myst_enable_extensions = ["colon_fence", "deflist"]

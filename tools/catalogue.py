@@ -230,14 +230,25 @@ def evidence_of(slug: str) -> dict[str, Any] | None:
 
 
 def evidence_table(papers: list[dict[str, Any]]) -> str:
-    """The README's table: what was claimed, and what the recorded runs say."""
-    lines = ["| method | claim tested | verdict |", "|---|---|---|"]
+    """The README's table: what was claimed, what the recorded runs say, and what beside the claim did not show."""
+    lines = ["| method | claim tested | verdict | reported beside it, and not shown |", "|---|---|---|---|"]
     for paper in papers:
         if paper["verdict"] is not None:
             stale = " (stale)" if paper["evidence"]["stale"] else ""
-            claim = " ".join(paper["evidence"]["claim"].split()).replace("|", "\\|")
-            lines.append(f"| `{paper['slug']}` | {claim} | {paper['verdict']}{stale} |")
+            cells = [
+                paper["evidence"]["claim"],
+                paper["verdict"] + stale,
+                not_shown(paper["evidence"]["effects"]),
+            ]
+            row = " | ".join(" ".join(cell.split()).replace("|", "\\|") for cell in cells)
+            lines.append(f"| `{paper['slug']}` | {row} |")
     return "\n".join(lines) + "\n" if len(lines) > 2 else ""
+
+
+def not_shown(effects: list[dict[str, Any]]) -> str:
+    """The effects that do not enter the verdict and did not exceed their threshold, with their means."""
+    missed = [effect for effect in effects if not effect["required"] and effect["verdict"] != "REPRODUCED"]
+    return "; ".join(f"{effect['description']}: {effect['mean']:+.3f}" for effect in missed)
 
 
 if __name__ == "__main__":

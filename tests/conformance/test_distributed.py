@@ -52,10 +52,7 @@ def parts(declaration: Declaration, inputs: Inputs) -> list[Inputs]:
         return declaration.split(inputs, RANKS)
     edges = [0, 2, 5, N]
     names = batched(declaration, inputs, N)
-    return [
-        {k: v[low:high] if k in names else v for k, v in inputs.items()}
-        for low, high in pairwise(edges)
-    ]
+    return [{k: v[low:high] if k in names else v for k, v in inputs.items()} for low, high in pairwise(edges)]
 
 
 def parameter_gradients(declaration: Declaration, inputs: Inputs, ranks: bool) -> dict[str, Tensor]:
@@ -89,19 +86,20 @@ def parameter_gradients(declaration: Declaration, inputs: Inputs, ranks: bool) -
 def worker(rank: int, store: str, queue: mp.Queue) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=RANKS)
-    for declaration in checked():
+    for position, declaration in enumerate(checked()):
         try:
             found = parameter_gradients(declaration, draw(declaration, N), ranks=True)
             report = {name: tensor.tolist() for name, tensor in found.items()}
         except Exception:  # reported to the test of this declaration, and the others go on
             report = traceback.format_exc()
-        queue.put((rank, declaration.name, report))
+        queue.put((rank, position, report))
         dist.barrier()
     dist.destroy_process_group()
 
 
 @cache
-def reports() -> dict[tuple[int, str], object]:
+def reports() -> dict[tuple[int, int], object]:
+    """What each rank found for each of the checked declarations, by their positions."""
     context = mp.get_context("spawn")
     queue = context.Queue()
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
@@ -113,8 +111,8 @@ def reports() -> dict[tuple[int, str], object]:
         found = {}
         while len(found) < RANKS * len(checked()):
             try:
-                rank, name, report = queue.get(timeout=2)
-                found[rank, name] = report
+                rank, position, report = queue.get(timeout=2)
+                found[rank, position] = report
             except Empty:
                 # a rank that died (killed for memory, say) will not report; the tests say which losses are missing
                 if not all(process.is_alive() or process.exitcode == 0 for process in processes):
@@ -127,11 +125,12 @@ def reports() -> dict[tuple[int, str], object]:
 
 @pytest.mark.slow
 @pytest.mark.xdist_group("distributed")
-@pytest.mark.parametrize("declaration", checked(), ids=lambda d: d.name)
-def test_ranks_equal_one_process(declaration: Declaration) -> None:
+@pytest.mark.parametrize("position", range(len(checked())), ids=lambda i: checked()[i].name)
+def test_ranks_equal_one_process(position: int) -> None:
+    declaration = checked()[position]
     expected = parameter_gradients(declaration, draw(declaration, N), ranks=False)
     for rank in range(RANKS):
-        report = reports().get((rank, declaration.name), "the rank ended before it reported")
+        report = reports().get((rank, position), "the rank ended before it reported")
         assert isinstance(report, dict), report
         assert report.keys() == expected.keys()
         for name, want in expected.items():

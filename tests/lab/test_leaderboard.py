@@ -97,10 +97,7 @@ def test_a_clear_difference_in_two_sentences() -> None:
     first, second = sentences(BETTER)
     assert "focal had the highest mean test accuracy over 8 seeds" in first
     assert "for the baseline cross_entropy (paired difference +0.1" in first
-    assert (
-        "focal came out better; this holds for this task, model and tuning budget."
-        in second
-    )
+    assert "focal came out better; this holds for this task, model and tuning budget." in second
 
 
 def test_no_difference_is_not_called_one() -> None:

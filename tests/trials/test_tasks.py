@@ -109,8 +109,21 @@ def test_index_goes_only_to_losses_that_take_it() -> None:
 def test_evaluation_is_in_evaluation_mode_and_leaves_the_mode_alone() -> None:
     fold = BLOBS.fold(0)
     model = torch.nn.Sequential(torch.nn.Dropout(0.9), torch.nn.Linear(3, 3)).train()
-    assert BLOBS.evaluate(model, fold.test) == BLOBS.evaluate(model, fold.test)
+    loss = CrossEntropyLoss()
+    assert BLOBS.evaluate(model, loss, fold.test) == BLOBS.evaluate(model, loss, fold.test)
     assert model.training
+
+
+def test_a_loss_may_say_how_to_read_the_logits() -> None:
+    class Squares(CrossEntropyLoss):
+        def log_probabilities(self, logits: torch.Tensor) -> torch.Tensor:
+            return torch.log_softmax(logits.square(), -1)
+
+    fold, model = BLOBS.fold(0), torch.nn.Linear(3, 3)
+    logits = model(fold.test["inputs"]).detach()
+    found = BLOBS.evaluate(model, Squares(), fold.test)
+    assert found == pytest.approx(classification_metrics(logits.square(), fold.test["target"]))
+    assert found != BLOBS.evaluate(model, CrossEntropyLoss(), fold.test)
 
 
 @pytest.mark.parametrize("spec", ["tests.trials.examples:blobs", "tests.trials.examples:BLOBS"])

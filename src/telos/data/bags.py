@@ -4,14 +4,16 @@ import math
 from collections.abc import Iterator
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, Integer
 from torch import Tensor
 from torch.utils.data import Sampler
 
 from telos.losses._checks import check_floating, check_integer, check_range, check_shape
 
 
-def make_bags(n: int, bag_size: int, generator: torch.Generator | None = None) -> Int[Tensor, " examples"]:
+def make_bags(
+    n: int, bag_size: int, generator: torch.Generator | None = None
+) -> Integer[Tensor, " examples"]:
     """Random disjoint bags of equal size.
 
     Args:
@@ -39,7 +41,7 @@ def make_bags(n: int, bag_size: int, generator: torch.Generator | None = None) -
 
 
 def bag_means(
-    y: Float[Tensor, "examples *outputs"], bag_index: Int[Tensor, " examples"]
+    y: Float[Tensor, "examples *outputs"], bag_index: Integer[Tensor, " examples"]
 ) -> Float[Tensor, "bags *outputs"]:
     """The mean response of each bag.
 
@@ -66,7 +68,7 @@ def bag_means(
 
 def private_bag_means(
     y: Float[Tensor, " examples"],
-    bag_index: Int[Tensor, " examples"],
+    bag_index: Integer[Tensor, " examples"],
     clip: float,
     epsilon: float,
     generator: torch.Generator | None = None,
@@ -147,7 +149,7 @@ class BagSampler(Sampler[list[int]]):
 
     def __init__(
         self,
-        bag_index: Int[Tensor, " examples"],
+        bag_index: Integer[Tensor, " examples"],
         bags_per_batch: int,
         *,
         shuffle: bool = True,

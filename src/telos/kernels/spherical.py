@@ -9,7 +9,7 @@ from typing import Literal, NamedTuple, TypeAlias
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int
+from jaxtyping import Float, Integer
 from torch import Tensor
 
 SphericalKind: TypeAlias = Literal["z", "mse", "taylor", "spherical"]
@@ -112,7 +112,7 @@ def spherical_weight(state: SphericalState) -> Tensor:
 
 @torch.no_grad()
 def spherical_forward(
-    state: SphericalState, H: Float[Tensor, "examples features"], index: Int[Tensor, "examples *targets"]
+    state: SphericalState, H: Float[Tensor, "examples features"], index: Integer[Tensor, "examples *targets"]
 ) -> SphericalStatistics:
     """The statistics of the logits ``H W^T``, without computing them: O(d^2) per example.
 
@@ -237,7 +237,7 @@ def _z_rows(A: Tensor, s: Tensor, q: Tensor, num_classes: int, a: float, b: floa
 def spherical_update(
     state: SphericalState,
     H: Float[Tensor, "examples features"],
-    index: Int[Tensor, "examples *targets"],
+    index: Integer[Tensor, "examples *targets"],
     grad_selected: Float[Tensor, "examples *targets"],
     grad_sums: Float[Tensor, " examples"],
     grad_squares: Float[Tensor, " examples"],
@@ -330,7 +330,7 @@ def spherical_update(
 def spherical_step(
     state: SphericalState,
     H: Float[Tensor, "examples features"],
-    index: Int[Tensor, "examples *targets"],
+    index: Integer[Tensor, "examples *targets"],
     lr: float,
     *,
     kind: SphericalKind = "z",

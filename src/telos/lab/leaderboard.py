@@ -147,7 +147,9 @@ def conclusion(comparison: Comparison) -> str:
     alone = len(verdicts) == 1
     parts = [words if alone else f"{count} {words}" for words, count in counts.items() if count]
     listed = parts[0] if len(parts) == 1 else f"{', '.join(parts[:-1])} and {parts[-1]}"
-    others = f"{next(iter(differences))} came out" if alone else f"the {len(verdicts)} other recipes came out as"
+    others = (
+        f"{next(iter(differences))} came out" if alone else f"the {len(verdicts)} other recipes came out as"
+    )
     second = f" Tested against {base}, {others} {listed}"
     return first + second + "; this holds for this task, model and tuning budget."
 

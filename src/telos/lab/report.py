@@ -76,8 +76,8 @@ def render(comparison: Comparison) -> str:
         board_note=escape(
             f"Means over evaluation seeds on the test split; {metric} decides the order ({arrow} is better). "
             f"Differences are paired by seed against {comparison.baseline.recipe.label}, with 95 % corrected "
-            "resampled intervals; a verdict needs p < 0.05 after Holm's correction. NLL and ECE read the "
-            "outputs as softmax logits, whatever the loss."
+            "resampled intervals; a verdict needs p < 0.05 after Holm's correction. Outputs are read through "
+            "softmax unless a loss brings its own log_probabilities."
         ),
         leaderboard=_leaderboard(comparison, table, colours),
         difference_note=escape(

@@ -72,7 +72,8 @@ class Loss(nn.Module):
 class ClassificationLoss(Loss):
     """A row-wise loss on ``(logits (..., C), target)``: a subclass writes its formula as ``values``.
 
-    ``rows`` gives the values and weights of the examples, ``forward`` reduces them.
+    ``rows`` gives the values and weights of the examples, ``forward`` reduces them. A loss whose probabilities are not
+    the softmax of its logits also has ``log_probabilities(logits)``, by which predictions are read.
 
     Example:
         >>> import torch

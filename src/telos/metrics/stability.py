@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int
+from jaxtyping import Float, Integer
 from torch import Tensor
 from torchmetrics import Metric
 
@@ -43,7 +43,7 @@ def softmax_collapse(logits: Float[Tensor, "*batch classes"]) -> Float[Tensor, "
 
 
 def zero_term_fraction(
-    logits: Float[Tensor, "*batch classes"], target: Int[Tensor, "*batch"]
+    logits: Float[Tensor, "*batch classes"], target: Integer[Tensor, "*batch"]
 ) -> Float[Tensor, ""]:
     r"""Share of examples whose cross-entropy is exactly 0: correct and collapsed, they no longer teach
     anything.

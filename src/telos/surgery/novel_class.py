@@ -1,7 +1,7 @@
 """New classes for a trained classifier of directions, from a few examples and without training."""
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, Integer
 from torch import Tensor, nn
 
 from telos.losses import NormalizedSoftmaxLoss
@@ -46,7 +46,7 @@ def class_prototype(embeddings: Float[Tensor, "shots dim"], *, strict: bool = Tr
 def add_class(
     head: HypersphericalHead | NormalizedSoftmaxLoss,
     support_embeddings: Float[Tensor, "shots dim"],
-    support_labels: Int[Tensor, " shots"] | None = None,
+    support_labels: Integer[Tensor, " shots"] | None = None,
     *,
     strict: bool = True,
 ) -> HypersphericalHead:
@@ -92,7 +92,7 @@ def add_class(
 def replace_classes(
     head: HypersphericalHead | NormalizedSoftmaxLoss,
     support_embeddings: Float[Tensor, "shots dim"],
-    support_labels: Int[Tensor, " shots"] | None = None,
+    support_labels: Integer[Tensor, " shots"] | None = None,
     *,
     strict: bool = True,
 ) -> HypersphericalHead:

@@ -4,7 +4,7 @@ import math
 from typing import Literal, NamedTuple
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, Integer
 from torch import Tensor
 
 from telos.losses._checks import check_floating, check_integer, check_range, check_shape
@@ -39,7 +39,7 @@ class OptimalBagSize(NamedTuple):
 def aggregate_ridgeless(
     x: Float[Tensor, "examples dim"],
     bag_response: Float[Tensor, " bags"],
-    bag_index: Int[Tensor, " examples"],
+    bag_index: Integer[Tensor, " examples"],
     rho: float,
     *,
     bag_weighting: Literal["bag", "sample"] = "bag",

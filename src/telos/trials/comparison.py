@@ -456,24 +456,27 @@ def execute(
 
 
 def tuning_jobs(plan: Plan) -> list[Job]:
-    """Every trial of every recipe that fits, on every tuning seed."""
-    task = load_task(plan.task)
+    """Every trial of every recipe that fits, on every tuning seed.
+
+    Recipes take turns, so that a machine that is busy for a while slows all of them alike.
+    """
+    task, parsed = load_task(plan.task), _parsed(plan)
     return [
         _job(plan, planned, "tuning", trial, configuration(recipe, task, trial), seed)
-        for planned, recipe in _parsed(plan)
-        for trial in range(plan.trials)
         for seed in plan.tuning
+        for trial in range(plan.trials)
+        for planned, recipe in parsed
     ]
 
 
 def evaluation_jobs(plan: Plan, chosen: dict[str, int | None]) -> list[Job]:
-    """The chosen trial of every recipe that has one, on every evaluation seed."""
-    task = load_task(plan.task)
+    """The chosen trial of every recipe that has one, on every evaluation seed; recipes take turns."""
+    task, parsed = load_task(plan.task), _parsed(plan)
     return [
         _job(plan, planned, "evaluation", trial, configuration(recipe, task, trial), seed)
-        for planned, recipe in _parsed(plan)
-        if (trial := chosen.get(planned.label)) is not None
         for seed in range(plan.seeds)
+        for planned, recipe in parsed
+        if (trial := chosen.get(planned.label)) is not None
     ]
 
 

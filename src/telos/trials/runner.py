@@ -110,7 +110,8 @@ def run_job(job: Job) -> Run:
         reason=reason,
         metrics=metrics,
         curve=[{name: _six_digits(value) for name, value in record.items()} for record in history],
-        seconds=time.perf_counter() - start,
+        # training with its evaluations, without the start-up of a process or the loading of data
+        seconds=history[-1]["seconds"] if status == "finished" else time.perf_counter() - start,
         versions=versions(),
     )
 
@@ -134,7 +135,7 @@ def _train(job: Job) -> tuple[dict[str, float], list[dict[str, float]]]:
     cosine = LambdaLR(scheduled, lambda step: 0.5 * (1 + math.cos(math.pi * min(1.0, step / steps))))
 
     def measured(split: str, history: list[dict[str, float]]) -> dict[str, float]:
-        found = task.evaluate(model, getattr(fold, split))
+        found = task.evaluate(model, loss, getattr(fold, split))
         bad = [name for name, value in found.items() if not math.isfinite(value)]
         if bad:
             raise Diverged(f"{', '.join(bad)} on the {split} split is not finite", history)
@@ -233,6 +234,8 @@ class Workers:
 
 def _begin_worker() -> None:
     torch.set_num_threads(1)
+    # torch imports its compiler with the first optimizer: now, rather than inside the first run's wall time
+    torch.optim.AdamW([torch.zeros(1)])
     # the parent handles the interrupt key and ends the workers
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     parent = multiprocessing.parent_process()

@@ -86,8 +86,8 @@ class Task(Protocol):
         """What :func:`telos.fit.fit` calls on a batch."""
         ...
 
-    def evaluate(self, model: nn.Module, split: Batch) -> dict[str, float]:
-        """The metrics of a model on a split."""
+    def evaluate(self, model: nn.Module, loss: nn.Module, split: Batch) -> dict[str, float]:
+        """The metrics of a model on a split; the loss may know how to read the model's outputs."""
         ...
 
 
@@ -204,11 +204,18 @@ class ClassificationTask:
         return step
 
     @torch.no_grad()
-    def evaluate(self, model: nn.Module, split: Batch) -> dict[str, float]:
-        """Accuracy, macro-F1, NLL and ECE, with the model in evaluation mode."""
+    def evaluate(self, model: nn.Module, loss: nn.Module, split: Batch) -> dict[str, float]:
+        """Accuracy, macro-F1, NLL and ECE, with the model in evaluation mode.
+
+        A loss whose probabilities are not the softmax of the logits says so with a method
+        ``log_probabilities(logits)``; all others are read through softmax.
+        """
         was_training = model.training
         logits = model.eval()(split["inputs"])
         model.train(was_training)
+        own = getattr(loss, "log_probabilities", None)
+        if own is not None:
+            logits = own(logits)
         return classification_metrics(logits, split["target"])
 
 
@@ -319,7 +326,7 @@ BUILT_IN: dict[str, ClassificationTask] = {
     for task in (
         ClassificationTask("digits", _digits),
         ClassificationTask("digits_noisy", _digits, noise=0.4),
-        ClassificationTask("digits_longtail", _digits, imbalance=50.0),
+        ClassificationTask("digits_longtail", _digits, imbalance=50.0, batch_size=32, epochs=60),
         ClassificationTask("breast_cancer", _bundled("breast_cancer"), width=32, batch_size=32, epochs=40),
         ClassificationTask("wine", _bundled("wine"), width=32, batch_size=16, epochs=40),
     )

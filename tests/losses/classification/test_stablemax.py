@@ -137,3 +137,11 @@ def test_half_precision_comes_back_in_float32() -> None:
 def test_whole_numbers_are_refused() -> None:
     with pytest.raises(TypeError, match="logits must have a floating-point dtype"):
         log_stablemax(torch.zeros(3, dtype=torch.long))
+
+
+def test_log_probabilities_are_those_of_the_loss() -> None:
+    logits, target = torch.randn(6, 5, dtype=torch.float64), torch.randint(5, (6,))
+    loss = StableMaxCrossEntropyLoss()
+    logs = loss.log_probabilities(logits)
+    torch.testing.assert_close(logs.exp().sum(-1), torch.ones(6, dtype=torch.float64))
+    torch.testing.assert_close(-logs.gather(1, target[:, None]).mean(), loss(logits, target))

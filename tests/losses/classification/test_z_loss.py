@@ -30,6 +30,7 @@ affine = {"shift": shifted(3.0), "scale": scaled(2.5, "logits")}
 
 declarations = [
     Declaration(z_loss, ZLoss, classification_sample(), invariances=affine),
+    Declaration(z_loss, ZLoss, classification_sample(soft=True), invariances=affine),
     Declaration(taylor_softmax_loss, TaylorSoftmaxLoss, classification_sample()),
     Declaration(
         spherical_softmax_loss,
@@ -229,3 +230,15 @@ def test_baselines_equal_their_equations() -> None:
         spherical_softmax_loss(logits, target, eps=0.3, reduction="none"),
         -((squares / squares.sum(-1, keepdim=True)).log() * one_hot).sum(-1),
     )
+
+
+@pytest.mark.parametrize(
+    "loss", [TaylorSoftmaxLoss(), SphericalSoftmaxLoss(eps=0.3)], ids=lambda x: type(x).__name__
+)
+def test_log_probabilities_are_those_of_the_loss(loss) -> None:
+    logits, target = torch.randn(6, 5, dtype=torch.float64), torch.randint(5, (6,))
+    logs = loss.log_probabilities(logits)
+    torch.testing.assert_close(logs.exp().sum(-1), torch.ones(6, dtype=torch.float64))
+    torch.testing.assert_close(-logs.gather(1, target[:, None]).mean(), loss(logits, target))
+    # the reason for the method: they are not monotone in the logits
+    assert loss.log_probabilities(torch.tensor([[-9.0, 1.0]])).argmax() == 0

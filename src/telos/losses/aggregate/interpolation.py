@@ -6,7 +6,7 @@ from typing import ClassVar, Literal, TypeAlias
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int
+from jaxtyping import Float, Integer
 from torch import Tensor
 
 from telos.losses._algebra import Loss
@@ -125,7 +125,7 @@ def _rows(
 def bag_loss(
     prediction: Float[Tensor, "examples *outputs"],
     bag_response: Float[Tensor, "bags *outputs"],
-    bag_index: Int[Tensor, " examples"],
+    bag_index: Integer[Tensor, " examples"],
     *,
     pointwise: Pointwise = "squared",
     bag_weighting: BagWeighting = "bag",
@@ -178,7 +178,7 @@ def bag_loss(
 def instance_loss(
     prediction: Float[Tensor, "examples *outputs"],
     bag_response: Float[Tensor, "bags *outputs"],
-    bag_index: Int[Tensor, " examples"],
+    bag_index: Integer[Tensor, " examples"],
     *,
     pointwise: Pointwise = "squared",
     bag_weighting: BagWeighting = "bag",
@@ -227,7 +227,7 @@ def instance_loss(
 def aggregate_interpolation_loss(
     prediction: Float[Tensor, "examples *outputs"],
     bag_response: Float[Tensor, "bags *outputs"],
-    bag_index: Int[Tensor, " examples"],
+    bag_index: Integer[Tensor, " examples"],
     *,
     rho: float = 0.5,
     pointwise: Pointwise = "squared",

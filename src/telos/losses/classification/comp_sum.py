@@ -4,7 +4,7 @@ from collections.abc import Callable
 from functools import partial
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, Integer
 from torch import Tensor
 
 from telos.losses._algebra import ClassificationLoss
@@ -57,7 +57,7 @@ def _rho_margin_values(logits: Tensor, target: Tensor, *, tau: float, rho: float
 
 def comp_sum_loss(
     logits: Float[Tensor, "*batch classes"],
-    target: Int[Tensor, "*batch"] | Float[Tensor, "*batch classes"],
+    target: Integer[Tensor, "*batch"] | Float[Tensor, "*batch classes"],
     *,
     tau: float = 1.0,
     class_weight: Float[Tensor, " classes"] | None = None,
@@ -147,7 +147,7 @@ class CompSumLoss(ClassificationLoss):
 
 def smooth_adversarial_comp_sum_loss(
     logits: Float[Tensor, "*batch classes"],
-    target: Int[Tensor, "*batch"] | Float[Tensor, "*batch classes"],
+    target: Integer[Tensor, "*batch"] | Float[Tensor, "*batch classes"],
     *,
     adversarial_logits: Float[Tensor, "*batch classes"],
     tau: float = 1.0,
@@ -278,7 +278,7 @@ class SmoothAdversarialCompSumLoss(ClassificationLoss):
 
 def rho_margin_comp_sum_loss(
     logits: Float[Tensor, "*batch classes"],
-    target: Int[Tensor, "*batch"],
+    target: Integer[Tensor, "*batch"],
     *,
     tau: float = 1.0,
     rho: float = 1.0,
@@ -336,7 +336,7 @@ def rho_margin_comp_sum_loss(
 def comp_sum_attack(
     model: Callable[[Tensor], Tensor],
     inputs: Float[Tensor, "batch ..."],
-    target: Int[Tensor, " batch"],
+    target: Integer[Tensor, " batch"],
     *,
     radius: float = 8 / 255,
     steps: int = 10,

@@ -3,7 +3,7 @@
 from functools import partial
 
 import torch.nn.functional as F
-from jaxtyping import Float, Int
+from jaxtyping import Float, Integer
 from torch import Tensor
 
 from telos.losses._algebra import ClassificationLoss
@@ -18,7 +18,7 @@ def _values(logits: Tensor, target: Tensor, *, label_smoothing: float) -> Tensor
 
 def cross_entropy_loss(
     logits: Float[Tensor, "*batch classes"],
-    target: Int[Tensor, "*batch"] | Float[Tensor, "*batch classes"],
+    target: Integer[Tensor, "*batch"] | Float[Tensor, "*batch classes"],
     *,
     class_weight: Float[Tensor, " classes"] | None = None,
     sample_weight: Float[Tensor, "*batch"] | None = None,
@@ -78,7 +78,7 @@ class CrossEntropyLoss(ClassificationLoss):
 
 def label_smoothing_loss(
     logits: Float[Tensor, "*batch classes"],
-    target: Int[Tensor, "*batch"] | Float[Tensor, "*batch classes"],
+    target: Integer[Tensor, "*batch"] | Float[Tensor, "*batch classes"],
     *,
     smoothing: float = 0.1,
     class_weight: Float[Tensor, " classes"] | None = None,

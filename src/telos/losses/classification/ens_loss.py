@@ -1,7 +1,7 @@
 """EnsLoss: at every step a fresh random convex, calibrated margin loss for binary classification."""
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Integer
 from torch import Tensor
 
 from telos.losses._algebra import Loss
@@ -131,7 +131,7 @@ def calibrated_derivatives(
 
 def ens_loss(
     logits: Float[Tensor, "*shape"],
-    target: Int[Tensor, "*batch"],
+    target: Integer[Tensor, "*batch"],
     *,
     lam: float = 0.0,
     clip: float = 1.0,

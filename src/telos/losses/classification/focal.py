@@ -3,7 +3,7 @@
 from functools import partial
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, Integer
 from torch import Tensor
 
 from telos.losses._algebra import ClassificationLoss
@@ -23,7 +23,7 @@ def _values(logits: Tensor, target: Tensor, *, gamma: float) -> Tensor:
 
 def focal_loss(
     logits: Float[Tensor, "*batch classes"],
-    target: Int[Tensor, "*batch"] | Float[Tensor, "*batch classes"],
+    target: Integer[Tensor, "*batch"] | Float[Tensor, "*batch classes"],
     *,
     gamma: float = 2.0,
     class_weight: Float[Tensor, " classes"] | None = None,

@@ -6,7 +6,7 @@ from typing import Literal, Self, TypeAlias
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int
+from jaxtyping import Float, Integer
 from torch import Tensor
 
 from telos.losses._algebra import ClassificationLoss
@@ -172,7 +172,7 @@ def _weston_watkins_values(logits: Tensor, target: Tensor, *, margin: float) -> 
 
 def ldr_kl_loss(
     logits: Float[Tensor, "*batch classes"],
-    target: Int[Tensor, "*batch"] | Float[Tensor, "*batch classes"],
+    target: Integer[Tensor, "*batch"] | Float[Tensor, "*batch classes"],
     *,
     temperature: float = 1.0,
     margin: float = 0.1,
@@ -274,10 +274,10 @@ class LDRKLLoss(ClassificationLoss):
 
 def aldr_kl_loss(
     logits: Float[Tensor, "*batch classes"],
-    target: Int[Tensor, "*batch"] | Float[Tensor, "*batch classes"],
+    target: Integer[Tensor, "*batch"] | Float[Tensor, "*batch classes"],
     *,
     sample_temperature: Float[Tensor, "*examples"],
-    index: Int[Tensor, " batch"] | None = None,
+    index: Integer[Tensor, " batch"] | None = None,
     temperature: float = 10.0,
     alpha: float = 2.0,
     margin: float = 0.1,
@@ -479,7 +479,7 @@ class ALDRKLLoss(ClassificationLoss):
 
 def crammer_singer_loss(
     logits: Float[Tensor, "*batch classes"],
-    target: Int[Tensor, "*batch"] | Float[Tensor, "*batch classes"],
+    target: Integer[Tensor, "*batch"] | Float[Tensor, "*batch classes"],
     *,
     margin: float = 1.0,
     class_weight: Float[Tensor, " classes"] | None = None,
@@ -559,7 +559,7 @@ class CrammerSingerLoss(ClassificationLoss):
 
 def weston_watkins_loss(
     logits: Float[Tensor, "*batch classes"],
-    target: Int[Tensor, "*batch"],
+    target: Integer[Tensor, "*batch"],
     *,
     margin: float = 1.0,
     class_weight: Float[Tensor, " classes"] | None = None,

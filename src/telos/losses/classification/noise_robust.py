@@ -3,7 +3,7 @@
 from functools import partial
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, Integer
 from torch import Tensor
 
 from telos.losses._algebra import ClassificationLoss
@@ -26,7 +26,7 @@ def _sce_values(logits: Tensor, target: Tensor, *, alpha: float, beta: float, lo
 
 def mae_loss(
     logits: Float[Tensor, "*batch classes"],
-    target: Int[Tensor, "*batch"] | Float[Tensor, "*batch classes"],
+    target: Integer[Tensor, "*batch"] | Float[Tensor, "*batch classes"],
     *,
     class_weight: Float[Tensor, " classes"] | None = None,
     sample_weight: Float[Tensor, "*batch"] | None = None,
@@ -92,7 +92,7 @@ class MAELoss(ClassificationLoss):
 
 def gce_loss(
     logits: Float[Tensor, "*batch classes"],
-    target: Int[Tensor, "*batch"] | Float[Tensor, "*batch classes"],
+    target: Integer[Tensor, "*batch"] | Float[Tensor, "*batch classes"],
     *,
     q: float = 0.7,
     class_weight: Float[Tensor, " classes"] | None = None,
@@ -173,7 +173,7 @@ class GCELoss(ClassificationLoss):
 
 def sce_loss(
     logits: Float[Tensor, "*batch classes"],
-    target: Int[Tensor, "*batch"] | Float[Tensor, "*batch classes"],
+    target: Integer[Tensor, "*batch"] | Float[Tensor, "*batch classes"],
     *,
     alpha: float = 0.1,
     beta: float = 1.0,

@@ -1,7 +1,7 @@
 """StableMax: a softmax whose exponential grows linearly, so that no term of its sum is rounded away."""
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, Integer
 from torch import Tensor
 
 from telos.losses._algebra import ClassificationLoss
@@ -61,7 +61,7 @@ def log_stablemax(logits: Float[Tensor, "*shape"], dim: int = -1) -> Float[Tenso
 
 def stablemax_cross_entropy_loss(
     logits: Float[Tensor, "*batch classes"],
-    target: Int[Tensor, "*batch"] | Float[Tensor, "*batch classes"],
+    target: Integer[Tensor, "*batch"] | Float[Tensor, "*batch classes"],
     *,
     class_weight: Float[Tensor, " classes"] | None = None,
     sample_weight: Float[Tensor, "*batch"] | None = None,
@@ -127,6 +127,10 @@ class StableMaxCrossEntropyLoss(ClassificationLoss):
         >>> StableMaxCrossEntropyLoss()(torch.tensor([[2.0, -1.0, 0.0]]), torch.tensor([0]))
         tensor(0.4055)
     """
+
+    def log_probabilities(self, logits: Tensor) -> Tensor:
+        """Log-probabilities (..., C) under this loss, which are not those of a softmax."""
+        return log_stablemax(logits)
 
     def values(self, logits: Tensor, target: Tensor) -> Tensor:
         """``-log StableMax(logits)_y`` of each row."""

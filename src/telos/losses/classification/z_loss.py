@@ -4,7 +4,7 @@ from functools import partial
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int
+from jaxtyping import Float, Integer
 from torch import Tensor
 
 from telos.losses._algebra import ClassificationLoss
@@ -12,6 +12,7 @@ from telos.losses._checks import check_range
 from telos.losses._reduction import (
     Denominator,
     Reduction,
+    at_least_float32,
     at_target,
     classification_rows,
     reduce,
@@ -36,15 +37,23 @@ def _z_values(logits: Tensor, target: Tensor, *, a: float, b: float, eps: float)
     return at_target(_z_scores(logits, eps), target, lambda z: -F.logsigmoid(a * (z - b)) / a)
 
 
-def _taylor_values(logits: Tensor, target: Tensor) -> Tensor:
+def _log_taylor_softmax(logits: Tensor) -> Tensor:
     # 1 + x + x^2 / 2 as a sum of positive terms, so that nothing cancels at x < 0
     terms = ((logits + 1).square() + 1) / 2
-    return at_target(terms.sum(-1, keepdim=True).log() - terms.log(), target)
+    return terms.log() - terms.sum(-1, keepdim=True).log()
+
+
+def _log_spherical_softmax(logits: Tensor, eps: float) -> Tensor:
+    terms = logits.square() + eps
+    return terms.log() - terms.sum(-1, keepdim=True).log()
+
+
+def _taylor_values(logits: Tensor, target: Tensor) -> Tensor:
+    return at_target(-_log_taylor_softmax(logits), target)
 
 
 def _spherical_values(logits: Tensor, target: Tensor, *, eps: float) -> Tensor:
-    terms = logits.square() + eps
-    return at_target(terms.sum(-1, keepdim=True).log() - terms.log(), target)
+    return at_target(-_log_spherical_softmax(logits, eps), target)
 
 
 def _mse_values(logits: Tensor, target: Tensor) -> Tensor:
@@ -53,7 +62,7 @@ def _mse_values(logits: Tensor, target: Tensor) -> Tensor:
 
 def z_loss(
     logits: Float[Tensor, "*batch classes"],
-    target: Int[Tensor, "*batch"] | Float[Tensor, "*batch classes"],
+    target: Integer[Tensor, "*batch"] | Float[Tensor, "*batch classes"],
     *,
     a: float = 1.0,
     b: float = 0.0,
@@ -154,7 +163,7 @@ class ZLoss(ClassificationLoss):
 
 def taylor_softmax_loss(
     logits: Float[Tensor, "*batch classes"],
-    target: Int[Tensor, "*batch"] | Float[Tensor, "*batch classes"],
+    target: Integer[Tensor, "*batch"] | Float[Tensor, "*batch classes"],
     *,
     class_weight: Float[Tensor, " classes"] | None = None,
     sample_weight: Float[Tensor, "*batch"] | None = None,
@@ -215,6 +224,10 @@ class TaylorSoftmaxLoss(ClassificationLoss):
         tensor(0.1823)
     """
 
+    def log_probabilities(self, logits: Tensor) -> Tensor:
+        """Log-probabilities (..., C) under this loss: not those of a softmax, nor always in the order of the logits."""
+        return _log_taylor_softmax(at_least_float32(logits))
+
     def values(self, logits: Tensor, target: Tensor) -> Tensor:
         """``-log`` of the Taylor-softmax of the target, for each row."""
         return _taylor_values(logits, target)
@@ -222,7 +235,7 @@ class TaylorSoftmaxLoss(ClassificationLoss):
 
 def spherical_softmax_loss(
     logits: Float[Tensor, "*batch classes"],
-    target: Int[Tensor, "*batch"] | Float[Tensor, "*batch classes"],
+    target: Integer[Tensor, "*batch"] | Float[Tensor, "*batch classes"],
     *,
     eps: float = 0.1,
     class_weight: Float[Tensor, " classes"] | None = None,
@@ -300,6 +313,10 @@ class SphericalSoftmaxLoss(ClassificationLoss):
         check_range("eps", eps, 0.0, float("inf"), open_low=True)
         self.eps = eps
 
+    def log_probabilities(self, logits: Tensor) -> Tensor:
+        """Log-probabilities (..., C) under this loss: a class is likely where its logit is far from 0."""
+        return _log_spherical_softmax(at_least_float32(logits), self.eps)
+
     def values(self, logits: Tensor, target: Tensor) -> Tensor:
         """``-log`` of the spherical softmax of the target, for each row."""
         return _spherical_values(logits, target, eps=self.eps)
@@ -307,7 +324,7 @@ class SphericalSoftmaxLoss(ClassificationLoss):
 
 def spherical_mse_loss(
     logits: Float[Tensor, "*batch classes"],
-    target: Int[Tensor, "*batch"] | Float[Tensor, "*batch classes"],
+    target: Integer[Tensor, "*batch"] | Float[Tensor, "*batch classes"],
     *,
     class_weight: Float[Tensor, " classes"] | None = None,
     sample_weight: Float[Tensor, "*batch"] | None = None,

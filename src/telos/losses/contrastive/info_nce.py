@@ -3,7 +3,7 @@
 import math
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, Integer
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
@@ -34,7 +34,7 @@ def _views(z1: Tensor, z2: Tensor, normalize: bool, gather_distributed: bool) ->
 def info_nce_loss(
     z1: Float[Tensor, "batch dim"],
     z2: Float[Tensor, "batch dim"],
-    index: Int[Tensor, " batch"] | None = None,
+    index: Integer[Tensor, " batch"] | None = None,
     *,
     temperature: float = 0.1,
     symmetric: bool = False,
@@ -133,7 +133,7 @@ class InfoNCELoss(Loss):
 def ntxent_loss(
     z1: Float[Tensor, "batch dim"],
     z2: Float[Tensor, "batch dim"],
-    index: Int[Tensor, " batch"] | None = None,
+    index: Integer[Tensor, " batch"] | None = None,
     *,
     temperature: float = 0.1,
     normalize: bool = True,

@@ -11,7 +11,7 @@ from functools import cache
 from typing import Any, Literal, NamedTuple, Self, TypeAlias
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Integer
 from torch import Tensor, nn
 
 from telos.losses._algebra import Loss
@@ -192,7 +192,7 @@ def _reduced(step: _Anchors, value: Value, reduction: Reduction) -> Tensor:
 def sogclr_loss(
     z1: Float[Tensor, "batch dim"],
     z2: Float[Tensor, "batch dim"],
-    index: Int[Tensor, " batch"] | None = None,
+    index: Integer[Tensor, " batch"] | None = None,
     *,
     log_average: Float[Tensor, "batch *sides"],
     seen: Bool[Tensor, " batch"] | None = None,
@@ -291,7 +291,7 @@ def sogclr_loss(
 def isogclr_loss(
     z1: Float[Tensor, "batch dim"],
     z2: Float[Tensor, "batch dim"],
-    index: Int[Tensor, " batch"] | None = None,
+    index: Integer[Tensor, " batch"] | None = None,
     *,
     log_average: Float[Tensor, "batch *sides"],
     gradient_average: Float[Tensor, "batch *sides"],

@@ -5,7 +5,7 @@ from typing import Any, ClassVar, Literal, Self, TypeAlias
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int
+from jaxtyping import Float, Integer
 from torch import Tensor, nn
 
 from telos.losses._algebra import Loss
@@ -91,7 +91,7 @@ def _rows(
 
 def normalized_softmax_loss(
     embeddings: Float[Tensor, "batch dim"],
-    labels: Int[Tensor, " batch"],
+    labels: Integer[Tensor, " batch"],
     weight: Float[Tensor, "classes dim"],
     *,
     scale: float | Tensor = 10.0,

@@ -3,7 +3,7 @@
 import math
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, Integer
 from torch import Tensor
 
 from telos.losses._algebra import Loss
@@ -16,7 +16,7 @@ from telos.losses._space import log_uniform
 
 def supcon_loss(
     embeddings: Float[Tensor, "batch dim"],
-    labels: Int[Tensor, " batch"],
+    labels: Integer[Tensor, " batch"],
     *,
     temperature: float = 0.1,
     normalize: bool = True,
