@@ -81,7 +81,8 @@ def run_job(job: Job) -> Run:
     initial weights and the order of batches. The learning rate falls to zero along a cosine. Torch's global
     generator and number of threads are as before afterwards.
     """
-    start, history = time.perf_counter(), []
+    start = time.perf_counter()
+    history: list[dict[str, float]] = []
     metrics: dict[str, float] = {}
     threads = torch.get_num_threads()
     try:
