@@ -42,6 +42,11 @@ class Mutant:
     what: str
     source: str
 
+    @property
+    def title(self) -> str:
+        """The fault in a line."""
+        return f"{self.file}:{self.line} [{self.kind}] {self.what}"
+
 
 def mutants_of(path: Path) -> Iterator[Mutant]:
     """Every fault that can be planted in one file."""
@@ -146,12 +151,12 @@ def tests_of(file: str) -> list[list[str]]:
     """The pytest runs that should notice a fault in this file, the likeliest first."""
     own = ROOT / "tests" / "losses" / Path(file).parent / f"test_{Path(file).stem.lstrip('_')}.py"
     contracts = "tests/conformance/test_contracts.py"
-    first = [*([str(own)] if own.exists() else []), "tests/golden"]
+    first = [[str(own)]] if own.exists() else []
     if Path(file).name.startswith("_"):  # shared by all losses
-        return [first, [contracts, "-k", "not compiles"]]
+        return [*first, ["tests/golden"], [contracts, "-k", "not compiles"]]
     tree = ast.parse((LOSSES / file).read_text())
     names = [n.name for n in tree.body if isinstance(n, ast.FunctionDef | ast.ClassDef) and n.name[0] != "_"]
-    return [first, [contracts, "-k", f"({' or '.join(names)}) and not compiles"]] if names else [first]
+    return [*first, ["tests/golden"], [contracts, "-k", f"({' or '.join(names)}) and not compiles"]]
 
 
 def is_caught(mutant: Mutant, timeout: int) -> bool:
@@ -202,7 +207,10 @@ def main() -> None:
     with ThreadPoolExecutor(options.processes) as pool:
         waiting = {pool.submit(is_caught, fault, options.timeout): i for i, fault in enumerate(faults)}
         for done, future in enumerate(as_completed(waiting), 1):
-            caught[waiting[future]] = future.result()
+            position = waiting[future]
+            caught[position] = future.result()
+            if not caught[position]:
+                print(f"  survived: {faults[position].title}", flush=True)
             if done % 10 == 0:
                 print(f"  {done}/{len(faults)}: {sum(caught)} caught", flush=True)
     total, found = (
@@ -213,8 +221,6 @@ def main() -> None:
         print(f"{kind:>10}: {found[kind]} of {total[kind]} caught")
     print(f"caught {sum(caught)} of {len(faults)} ({100 * sum(caught) / max(len(faults), 1):.0f} %)")
     survivors = [fault for fault, c in zip(faults, caught, strict=True) if not c]
-    for fault in survivors:
-        print(f"  survived: {fault.file}:{fault.line} [{fault.kind}] {fault.what}")
     if options.json:
         rows = [{k: v for k, v in asdict(fault).items() if k != "source"} for fault in survivors]
         options.json.write_text(
