@@ -22,13 +22,14 @@ Adapter = Callable[["Case"], dict[str, Any]]
 
 @dataclass(frozen=True)
 class Case:
-    """One recorded call. Lists of numbers among ``inputs`` are tensors, at any depth."""
+    """One recorded call. Lists of numbers among ``inputs`` are tensors of ``dtype``, at any depth."""
 
     slug: str
     name: str
     params: dict[str, Any]
     inputs: dict[str, Any]
     expected: dict[str, Any]
+    dtype: torch.dtype = torch.float64
 
     def leaf(self, name: str) -> Tensor:
         """An input as a leaf that records its gradient."""
@@ -37,7 +38,7 @@ class Case:
 
 def read_cases(path: Path) -> Iterator[Case]:
     """The cases of one file."""
-    content = json.loads(path.read_text())
+    content = _content(path)
     for case in content["cases"]:
         dtype = torch.float32 if str(case.get("dtype", "float64")).startswith("float32") else torch.float64
         yield Case(
@@ -46,7 +47,31 @@ def read_cases(path: Path) -> Iterator[Case]:
             case.get("params", {}),
             {name: to_tensors(value, dtype) for name, value in case["inputs"].items()},
             case["expected"],
+            dtype,
         )
+
+
+def slug_of(path: Path) -> str:
+    """The slug that a file says it is about, whatever the file is called."""
+    return _content(path)["slug"]
+
+
+def _content(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{path} is no JSON file: {error}") from error
+    if not isinstance(content, dict) or not {"slug", "cases"} <= content.keys():
+        raise ValueError(f"{path} must hold an object with 'slug' and 'cases'")
+    return content
+
+
+def golden_directory(given: str | None) -> Path:
+    """Where the golden files are: the directory that was given, or the suite's own."""
+    directory = Path(given) if given else Path(__file__).parent
+    if not any(directory.glob("*.json")):
+        raise FileNotFoundError(f"--golden-dir {directory} holds no golden file <slug>.json")
+    return directory
 
 
 def to_tensors(value: Any, dtype: torch.dtype) -> Any:
