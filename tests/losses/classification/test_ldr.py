@@ -491,3 +491,24 @@ def test_doors() -> None:
         ALDRKLLoss(6, exact=True)(logits, soft)
     with pytest.raises(TypeError, match="target must have an integer dtype"):
         aldr_kl_loss(logits, soft, sample_temperature=state, exact=True)
+
+
+def test_exact_temperatures_at_extreme_scores() -> None:
+    """A row of KL = log C: the stationary temperature is T_0 (1 - 1/alpha), and nothing overflows on the way."""
+    logits = torch.tensor([[30000.0, -30000.0, 0.0]], requires_grad=True)
+    loss, new = aldr_kl_loss(
+        logits,
+        torch.tensor([0]),
+        sample_temperature=torch.full((1,), 10.0),
+        temperature=10.0,
+        alpha=2.0,
+        normalize=None,
+        exact=True,
+    )
+    torch.testing.assert_close(new, torch.tensor([5.0]))
+    # psi at T = 5 is -T log 3, and the price of leaving T_0 is (alpha log C / (2 T_0)) (T - T_0)^2
+    expected = -5 * math.log(3) - 2 * math.log(3) / 20 * 25
+    torch.testing.assert_close(loss.detach(), torch.tensor(expected))
+    loss.backward()
+    assert logits.grad is not None
+    assert torch.isfinite(logits.grad).all()
