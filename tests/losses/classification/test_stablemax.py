@@ -145,3 +145,9 @@ def test_log_probabilities_are_those_of_the_loss() -> None:
     logs = loss.log_probabilities(logits)
     torch.testing.assert_close(logs.exp().sum(-1), torch.ones(6, dtype=torch.float64))
     torch.testing.assert_close(-logs.gather(1, target[:, None]).mean(), loss(logits, target))
+
+
+def test_log_probabilities_carry_their_gradient() -> None:
+    logits = torch.tensor([[0.0, 1.0, -2.0], [3.0, -0.5, 0.25]], dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(log_stablemax, logits)
+    assert torch.autograd.gradcheck(StableMaxCrossEntropyLoss().log_probabilities, logits)

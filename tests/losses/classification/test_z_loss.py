@@ -242,3 +242,18 @@ def test_log_probabilities_are_those_of_the_loss(loss) -> None:
     torch.testing.assert_close(-logs.gather(1, target[:, None]).mean(), loss(logits, target))
     # the reason for the method: they are not monotone in the logits
     assert loss.log_probabilities(torch.tensor([[-9.0, 1.0]])).argmax() == 0
+
+
+@pytest.mark.parametrize(
+    "loss", [TaylorSoftmaxLoss(), SphericalSoftmaxLoss(eps=0.3)], ids=lambda x: type(x).__name__
+)
+def test_log_probabilities_carry_their_gradient(loss) -> None:
+    logits = torch.randn(3, 4, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(loss.log_probabilities, logits)
+
+
+def test_eps_is_added_to_the_standard_deviation() -> None:
+    logits, target = torch.tensor([[2.0, -1.0, -1.0]], dtype=torch.float64), torch.tensor([0])
+    # mean 0, population standard deviation sqrt(2)
+    score = 2.0 / (math.sqrt(2.0) + 0.5)
+    assert z_loss(logits, target, eps=0.5).item() == pytest.approx(math.log1p(math.exp(-score)), rel=1e-12)

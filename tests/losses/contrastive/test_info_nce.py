@@ -217,3 +217,12 @@ def test_refusals_name_the_argument(function: Any) -> None:
         function(z1.long(), z2)
     with pytest.raises(ValueError, match="at least 2 examples"):
         function(z1[:1], z2[:1])
+
+
+@pytest.mark.parametrize("symmetric", [False, True])
+def test_small_temperatures_do_not_overflow(symmetric: bool) -> None:
+    z1, z2 = torch.randn(6, 4), torch.randn(6, 4)
+    loss = info_nce_loss(z1, z2, temperature=1e-3, symmetric=symmetric)
+    exact = info_nce_loss(z1.double(), z2.double(), temperature=1e-3, symmetric=symmetric)
+    torch.testing.assert_close(loss.double(), exact, rtol=1e-4, atol=1e-4)
+    assert exact > 10
