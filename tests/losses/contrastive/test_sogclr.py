@@ -541,6 +541,8 @@ def test_a_radius_without_a_root_warns_once() -> None:
         isogclr_loss(z1, z2, **fresh(3, sides=2), rho=1.375, bimodal=True)
         # 4 negatives with two views: log 4 = 1.386
         isogclr_loss(z1, z2, **fresh(3), rho=1.375)
+    with pytest.warns(UserWarning, match=r"log\(4 negatives\)"):
+        isogclr_loss(z1, z2, **fresh(3), rho=1.3875)
 
 
 @pytest.mark.bare
@@ -571,3 +573,63 @@ def test_built_from_a_task() -> None:
         assert built.gamma == 0.7
         with pytest.raises(ValueError, match="num_examples"):
             cls.from_task(TaskInfo("contrastive"))
+
+
+@pytest.mark.parametrize("bimodal", [False, True])
+def test_raw_scores_give_the_same_objective_and_gradient_without_memory(bimodal: bool) -> None:
+    """With gamma = 1 the positive cancels: t log mean exp(c / t) - c_p is t log mean exp((c - c_p) / t)."""
+    z1 = torch.randn(5, 4, dtype=torch.float64, requires_grad=True)
+    z2 = torch.randn(5, 4, dtype=torch.float64, requires_grad=True)
+    state = torch.full((5, 2) if bimodal else (5,), -math.inf, dtype=torch.float64)
+    found = {}
+    for subtract in (False, True):
+        for value in ("surrogate", "objective"):
+            loss, _ = sogclr_loss(
+                z1,
+                z2,
+                log_average=state,
+                temperature=0.3,
+                gamma=1.0,
+                bimodal=bimodal,
+                subtract_positive=subtract,
+                value=value,
+            )
+            found[subtract, value] = (loss, *torch.autograd.grad(loss, (z1, z2)))
+    for value in ("surrogate", "objective"):
+        for have, want in zip(found[False, value], found[True, value], strict=True):
+            torch.testing.assert_close(have, want)
+    # written out: cosines, the positive on the diagonal
+    a, b = normalize(z1.detach(), dim=1), normalize(z2.detach(), dim=1)
+    others = ~torch.eye(5, dtype=torch.bool)
+    total = 0.0
+    for i in range(5):
+        keys = (
+            [a @ b[i], b @ a[i]]
+            if bimodal
+            else [torch.cat([a[others[i]], b[others[i]]]) @ v for v in (a[i], b[i])]
+        )
+        for scores in keys:
+            scores = scores[others[i]] if bimodal else scores
+            total += 0.3 * ((scores - a[i] @ b[i]) / 0.3).exp().mean().log() / 5
+    torch.testing.assert_close(found[True, "objective"][0].detach(), total)
+
+
+def test_averages_of_two_anchors_cannot_overflow() -> None:
+    # identical negatives at temperature 0.005: log s is about 400 above the positive of an opposite pair
+    z1 = torch.tensor([[1.0, 0.0], [-1.0, 0.01], [-1.0, -0.01]])
+    z2 = -z1
+    states = [
+        sogclr_loss(
+            z1.to(d), z2.to(d), log_average=torch.full((3,), -math.inf, dtype=d), temperature=0.005, gamma=1.0
+        )[1]
+        for d in (torch.float32, torch.float64)
+    ]
+    assert states[1].log_average.max() > 300
+    torch.testing.assert_close(states[0].log_average.double(), states[1].log_average, rtol=1e-4, atol=1e-2)
+
+
+def test_a_constant_does_not_move_the_temperature() -> None:
+    h = 1e-3 * torch.tensor([0.0, -0.5, -1.0, -2.0], dtype=torch.float64)
+    t = kl_radius_temperature(h, 0.2)
+    assert t < 2e-3
+    torch.testing.assert_close(kl_radius_temperature(h + 40.0, 0.2), t, rtol=1e-6, atol=0.0)
