@@ -13,11 +13,13 @@ from telos.kernels.spherical import (
     spherical_update,
     spherical_weight,
 )
+from telos.kernels.triplets import TripletCounts, triplet_counts
 
 __all__ = [
     "SphericalState",
     "SphericalStatistics",
     "SphericalStep",
+    "TripletCounts",
     "spherical_forward",
     "spherical_refactor",
     "spherical_stabilize",
@@ -26,4 +28,5 @@ __all__ = [
     "spherical_step",
     "spherical_update",
     "spherical_weight",
+    "triplet_counts",
 ]
