@@ -28,6 +28,8 @@ EXEMPT = {
     "Loss": "the base of all losses; computes nothing",
     "ClassificationLoss": "the base of the family; its formula is its subclass's",
     "Mixture": "holds other losses; tests/losses/test_algebra.py",
+    "LinearLoss": "another call, (x, weight, target), around any declared loss; tests/losses/test_linear.py",
+    "linear_loss": "the function of LinearLoss",
     "AdversarialLoss": "takes a model, not tensors; tests/losses/robust/test_attacks.py",
 }
 

@@ -1,5 +1,6 @@
 """How to compute it fast: plain tensors and callables in, tensors out."""
 
+from telos.kernels.fused_linear import auto_chunk_size, fused_linear_rows, softmax_nll_
 from telos.kernels.spherical import (
     SphericalState,
     SphericalStatistics,
@@ -20,6 +21,9 @@ __all__ = [
     "SphericalStatistics",
     "SphericalStep",
     "TripletCounts",
+    "auto_chunk_size",
+    "fused_linear_rows",
+    "softmax_nll_",
     "spherical_forward",
     "spherical_refactor",
     "spherical_stabilize",

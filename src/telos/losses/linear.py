@@ -1,0 +1,465 @@
+"""Any row-wise classification loss fused with the output layer that feeds it: no N x C logits."""
+
+import math
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Float, Integer
+from torch import Tensor, nn
+
+from telos.kernels.fused_linear import (
+    ChunkSize,
+    RowDerivative,
+    autocast_dtype,
+    eager_in_compiled_code,
+    fused_linear_rows,
+    softmax_nll_,
+)
+from telos.losses._algebra import ClassificationLoss, Loss, Mixture, term_name
+from telos.losses._checks import check_classification, check_floating, check_range, check_shape
+from telos.losses._distributed import mean_over_ranks
+from telos.losses._reduction import Denominator, Reduction, check_reduction
+from telos.losses.classification.comp_sum import CompSumLoss, _phi
+from telos.losses.classification.cross_entropy import CrossEntropyLoss
+from telos.losses.classification.ldr import ALDRKLLoss, _adaptive_rows
+from telos.losses.classification.noise_robust import _MAE_TAU, GCELoss, MAELoss
+from telos.losses.classification.z_loss import ZLoss
+
+TermFormula = Callable[..., Tensor]
+
+
+class _Term(NamedTuple):
+    """One loss of the sum, with what turns its row values into its share of the result."""
+
+    loss: ClassificationLoss
+    factor: float
+    counts: Tensor  # (N,) weights of the rows
+    share: Tensor  # (N,) weights over the denominator, times the factor
+
+
+@eager_in_compiled_code
+def linear_loss(
+    x: Float[Tensor, "*batch dim"],
+    weight: Float[Tensor, "classes dim"],
+    target: Integer[Tensor, "*batch"] | Float[Tensor, "*batch classes"],
+    loss: nn.Module,
+    bias: Float[Tensor, " classes"] | None = None,
+    *,
+    softcap: float | None = None,
+    chunk_size: ChunkSize = "auto",
+    reduction: Reduction = "mean",
+    denominator: Denominator = None,
+    sample_weight: Float[Tensor, "*batch"] | None = None,
+    index: Integer[Tensor, " batch"] | None = None,
+) -> Tensor:
+    r"""``loss(x @ weight.T + bias, target)`` with never more than a chunk of logits alive.
+
+    Value and gradients (of x, weight, bias and the loss's own parameters) are those of the plain expression; the
+    memory beyond inputs and gradients is that of a few chunks of logits instead of a few times N x C. ``"mean"``
+    and ``"sum"`` form the gradients in the forward pass; ``"none"`` repeats the forward product in backward and
+    keeps the same memory. Rows that do not count (ignored, of weight 0) are not computed at all.
+
+    Every row-wise loss on logits is taken: those of this library, subclasses of
+    :class:`telos.losses.ClassificationLoss`, and mixtures of them, of which each term keeps its own denominator.
+    Cross-entropy, the comp-sum losses (GCE and MAE among them) and Z-loss have derivatives written by hand; the
+    others are differentiated a chunk at a time.
+
+    A loss that overrides ``rows`` must give weights that do not depend on the logits.
+
+    Half-precision inputs are multiplied as they are and summed in float32, in which the logits stay (the eager
+    expression rounds them); under autocast inputs are first rounded to its dtype. Compiled callers break their
+    graph here and go on. There is no second derivative. Sharded weights must be gathered before the call, as they
+    are in the forward of the module that holds them; tied embeddings simply receive both gradients.
+
+    Args:
+        x: (N, D) or (N, T, D) inputs of the output layer.
+        weight: (C, D), for example ``model.lm_head.weight``, in the dtype of ``x`` unless autocast is on.
+        target: (N,) or (N, T) labels, or probabilities (N, C) or (N, T, C).
+        loss: a :class:`telos.losses.ClassificationLoss` or a mixture of them; its ``class_weight`` and
+            ``ignore_index`` hold.
+        bias: (C,) or ``None``.
+        softcap: logits become ``softcap * tanh(logits / softcap)``; above 0.
+        chunk_size: rows of a chunk, or ``"auto"``.
+        reduction: ``"mean"``, ``"sum"`` or ``"none"``.
+        denominator: what the mean divides by; see :func:`telos.losses.reduce`.
+        sample_weight: one weight per example, (N,) or (N, T).
+        index: (N,) positions in the training set, for a loss with per-example memory.
+
+    Returns:
+        The loss: a scalar, or the shape of the batch with ``"none"``; float32 for half-precision inputs.
+
+    Raises:
+        ValueError: for a wrong shape, label or option, a loss that wants further inputs, or targets, weights or a
+            denominator that require gradients.
+        TypeError: for a wrong dtype, or a loss that is not a sum over rows of logits.
+        RuntimeError: at a backward with ``create_graph=True``.
+
+    Example:
+        >>> import torch
+        >>> from telos.losses import FocalLoss
+        >>> x, weight, target = torch.ones(2, 3), torch.zeros(4, 3), torch.tensor([0, 3])
+        >>> linear_loss(x, weight, target, FocalLoss(gamma=2.0))
+        tensor(0.7798)
+        >>> FocalLoss(gamma=2.0)(x @ weight.T, target)
+        tensor(0.7798)
+    """
+    check_reduction(reduction, denominator)
+    classes = _check(x, weight, bias, target, sample_weight, softcap, denominator)
+    batch_shape = x.shape[:-1]
+    compute = torch.float64 if x.dtype == torch.float64 else torch.float32
+    rows = x.reshape(-1, x.shape[-1])
+    labels = target.reshape(-1, classes) if target.is_floating_point() else target.reshape(-1).long()
+
+    parts = list(_terms(loss, reduction))
+    for term, _ in parts:
+        _check_target(term, x, target, sample_weight, classes)
+    sample_weight = None if sample_weight is None else sample_weight.reshape(-1).to(compute)
+    terms = []
+    for term, factor in parts:
+        counts = _row_weights(term, labels, sample_weight, classes, compute)
+        divisor = _divisor(counts, denominator) if reduction == "mean" else 1.0
+        terms.append(_Term(term, factor, counts, counts * factor / divisor))
+
+    memories = [
+        _Memory(term.loss, index, counted=term.counts) for term in terms if isinstance(term.loss, ALDRKLLoss)
+    ]
+    if index is not None and not memories:
+        raise ValueError(f"index was given, but {term_name(loss)} keeps no memory of examples")
+    remembering = {id(memory.loss): memory for memory in memories}
+    formulas = [
+        remembering[id(term.loss)].formula if id(term.loss) in remembering else _formula(term.loss)
+        for term in terms
+    ]
+    position = torch.arange(rows.shape[0], device=x.device)
+
+    shares: tuple[Tensor, ...] = ()
+    derivative = None
+    if len(terms) == 1:
+        row_weight = terms[0].share
+        derivative = _derivative(terms[0].loss) if labels.ndim == 1 else None
+    else:
+        shares = tuple(term.share for term in terms)
+        row_weight = torch.stack(shares).ne(0).any(0).to(compute)
+
+    def formula(logits: Tensor, target: Tensor, position: Tensor, *shares: Tensor) -> Tensor:
+        if not shares:
+            return formulas[0](logits, target, position)
+        pairs = zip(formulas, shares, strict=True)
+        parts = [_masked(own, share, logits, target, position) for own, share in pairs]
+        return torch.stack(parts).sum(0)
+
+    parameters = [parameter for parameter in loss.parameters() if parameter.requires_grad]
+    result = fused_linear_rows(
+        rows,
+        weight,
+        bias,
+        formula,
+        labels,
+        position,
+        *shares,
+        row_weight=row_weight,
+        derivative=None if parameters else derivative,
+        parameters=parameters,
+        softcap=softcap,
+        chunk_size=chunk_size,
+        reduction="none" if reduction == "none" else "sum",
+    )
+    _advance(loss)
+    for memory in memories:
+        memory.commit()
+    return result.reshape(batch_shape) if reduction == "none" else result
+
+
+class LinearLoss(nn.Module):
+    """A row-wise loss fused with an output layer; see :func:`linear_loss`.
+
+    Args:
+        loss: a :class:`telos.losses.ClassificationLoss` or a mixture of them.
+        softcap: logits become ``softcap * tanh(logits / softcap)``.
+        chunk_size: rows of a chunk, or ``"auto"``.
+        reduction: ``"mean"``, ``"sum"`` or ``"none"``.
+
+    The weight is an argument of the call, so that it stays with the model, where it may be tied or sharded.
+
+    Example:
+        >>> import torch
+        >>> from telos.losses import CrossEntropyLoss
+        >>> head, loss = torch.nn.Linear(3, 4), LinearLoss(CrossEntropyLoss())
+        >>> x, target = torch.ones(2, 3), torch.tensor([0, 3])
+        >>> fused, plain = loss(x, head.weight, target, head.bias), CrossEntropyLoss()(head(x), target)
+        >>> bool((fused - plain).abs() < 1e-6)
+        True
+    """
+
+    family = "linear"
+
+    def __init__(
+        self,
+        loss: nn.Module,
+        *,
+        softcap: float | None = None,
+        chunk_size: ChunkSize = "auto",
+        reduction: Reduction = "mean",
+    ) -> None:
+        super().__init__()
+        check_reduction(reduction)
+        for _ in _terms(loss, reduction):
+            pass  # refuses here what the call would refuse
+        self.loss = loss
+        self.softcap = softcap
+        self.chunk_size: ChunkSize = chunk_size
+        self.reduction: Reduction = reduction
+
+    def forward(
+        self,
+        x: Tensor,
+        weight: Tensor,
+        target: Tensor,
+        bias: Tensor | None = None,
+        *,
+        denominator: Denominator = None,
+        sample_weight: Tensor | None = None,
+        index: Tensor | None = None,
+    ) -> Tensor:
+        """The loss of ``x @ weight.T + bias``; see :func:`linear_loss`."""
+        return linear_loss(
+            x,
+            weight,
+            target,
+            self.loss,
+            bias,
+            softcap=self.softcap,
+            chunk_size=self.chunk_size,
+            reduction=self.reduction,
+            denominator=denominator,
+            sample_weight=sample_weight,
+            index=index,
+        )
+
+    def extra_repr(self) -> str:
+        """Options, for ``print``."""
+        return f"softcap={self.softcap}, chunk_size={self.chunk_size!r}, reduction={self.reduction!r}"
+
+
+def _terms(
+    loss: nn.Module, reduction: str, factor: float = 1.0
+) -> Iterator[tuple[ClassificationLoss, float]]:
+    """The row-wise losses whose weighted sum ``loss`` is; anything else is refused with the reason."""
+    if isinstance(loss, Mixture):
+        for inner, own in zip(loss.losses, loss.current_weights(), strict=True):
+            yield from _terms(inner, reduction, factor * own)
+        return
+    name = type(loss).__name__
+    if not isinstance(loss, ClassificationLoss):
+        if isinstance(loss, Loss) and loss.family == "classification":
+            reason = "it couples the examples of a batch, so that no chunk of rows has a loss of its own"
+        else:
+            reason = "only a telos.losses.ClassificationLoss says what each row of logits contributes"
+        raise TypeError(f"loss {name} cannot be fused with a linear layer: {reason}")
+    if type(loss).forward is not ClassificationLoss.forward and not isinstance(loss, ALDRKLLoss):
+        further = ", ".join(sorted(loss.needs))
+        why = f"it needs {further} beside the logits" if further else "it has a forward of its own"
+        raise ValueError(f"loss {name} cannot be fused with a linear layer: {why}")
+    if loss.reduction not in ("mean", reduction):
+        raise ValueError(
+            f"loss {name} has reduction={loss.reduction!r} but the call asks for {reduction!r}; pass the same to both"
+        )
+    yield loss, factor
+
+
+def _formula(loss: ClassificationLoss) -> TermFormula:
+    def formula(logits: Tensor, target: Tensor, position: Tensor) -> Tensor:
+        if type(loss).rows is not ClassificationLoss.rows:
+            values, weights = loss.rows(logits, target)
+            if weights.requires_grad:
+                raise ValueError(
+                    f"loss {type(loss).__name__} cannot be fused with a linear layer: its weights depend on the logits"
+                )
+            return values
+        if target.is_floating_point():
+            target = target.to(logits.dtype)
+            target = target if loss.class_weight is None else target * loss.class_weight.to(logits.dtype)
+        return loss.values(logits, target)
+
+    return formula
+
+
+def _masked(formula: TermFormula, share: Tensor, logits: Tensor, target: Tensor, position: Tensor) -> Tensor:
+    """A term's part of rows that count for the mixture but perhaps not for the term."""
+    counts = share != 0
+    logits = torch.where(counts.unsqueeze(-1), logits, 0.0)
+    target = torch.where(counts if target.ndim == 1 else counts.unsqueeze(-1), target, 0)
+    return formula(logits, target, position) * share
+
+
+def _row_weights(
+    loss: ClassificationLoss, target: Tensor, sample_weight: Tensor | None, classes: int, dtype: torch.dtype
+) -> Tensor:
+    """Weights of the rows as ``loss.rows`` gives them, without logits."""
+    if type(loss).rows not in (ClassificationLoss.rows, ALDRKLLoss.rows):
+        # a row contract of the user's own is asked, a few rows at a time
+        parts = []
+        size = max(1, 2**20 // classes)
+        for start in range(0, target.shape[0], size):
+            part = target[start : start + size]
+            own = None if sample_weight is None else sample_weight[start : start + size]
+            logits = torch.zeros(part.shape[0], classes, dtype=dtype, device=target.device)
+            with torch.no_grad():
+                parts.append(loss.rows(logits, part, sample_weight=own)[1].to(dtype))
+        return torch.cat(parts) if parts else torch.zeros(0, dtype=dtype, device=target.device)
+    if target.is_floating_point():
+        weights = torch.ones(target.shape[0], dtype=dtype, device=target.device)
+    else:
+        kept = target != loss.ignore_index
+        weights = kept.to(dtype)
+        if loss.class_weight is not None:
+            weights = weights * loss.class_weight.detach().to(dtype)[torch.where(kept, target, 0)]
+    return weights if sample_weight is None else torch.where(weights == 0, weights, weights * sample_weight)
+
+
+def _divisor(weights: Tensor, denominator: Denominator) -> Tensor | float:
+    """What the mean divides by, never 0; the rule of :func:`telos.losses.reduce`."""
+    if denominator is None:
+        denominator = weights.sum()
+    elif isinstance(denominator, str):
+        denominator = mean_over_ranks(weights.sum())
+    if isinstance(denominator, Tensor):
+        return torch.where(denominator == 0, torch.ones_like(denominator), denominator)
+    return denominator or 1.0
+
+
+class _Memory:
+    """The per-example temperatures of one call: read before it, collected by chunks, written after it."""
+
+    def __init__(self, loss: ALDRKLLoss, index: Tensor | None, counted: Tensor) -> None:
+        length = counted.shape[0]
+        self.loss, self.index = loss, None if index is None else loss.memory.check(index, length)
+        if self.index is None:
+            self.old = torch.full((length,), loss.temperature, device=counted.device)
+        else:
+            self.old = loss.memory.read("temperature", self.index)
+        self.new = torch.full_like(self.old, math.nan)  # what is not visited is not written
+
+    def formula(self, logits: Tensor, target: Tensor, position: Tensor) -> Tensor:
+        loss = self.loss
+        values, _, new = _adaptive_rows(
+            logits,
+            target,
+            self.old[position],
+            temperature=loss.temperature,
+            alpha=loss.alpha,
+            margin=loss.margin,
+            normalize=loss.normalize,
+            exact=loss.exact,
+            class_weight=loss.class_weight,
+            sample_weight=None,
+            ignore_index=loss.ignore_index,
+        )
+        self.new[position] = new.detach()
+        return values
+
+    def commit(self) -> None:
+        if self.index is not None and self.loss.training and torch.is_grad_enabled():
+            self.loss.memory.write(self.index, temperature=self.new)
+
+
+def _advance(loss: nn.Module) -> None:
+    """One step of every schedule, as the forward of a mixture takes it."""
+    for part in loss.modules():
+        if isinstance(part, Mixture) and part._scheduled and part.training and torch.is_grad_enabled():
+            part.steps += 1
+
+
+def _derivative(loss: ClassificationLoss) -> RowDerivative | None:
+    """The hand-written row derivative of a loss on labels, where there is one.
+
+    Exact types only: a subclass may have changed the formula.
+    """
+    if type(loss) is CrossEntropyLoss:
+        return lambda logits, target, position: _through_nll(logits, target, None)
+    if type(loss) in (CompSumLoss, GCELoss, MAELoss):
+        tau = (
+            loss.tau
+            if isinstance(loss, CompSumLoss)
+            else 1 + loss.q
+            if isinstance(loss, GCELoss)
+            else _MAE_TAU
+        )
+        return lambda logits, target, position: _through_nll(logits, target, tau)
+    if type(loss) is ZLoss:
+        a, b, eps = loss.a, loss.b, loss.eps
+        return lambda logits, target, position: _z_derivative(logits, target, a, b, eps)
+    return None
+
+
+def _through_nll(logits: Tensor, target: Tensor, tau: float | None) -> tuple[Tensor, Tensor]:
+    """A comp-sum loss is ``Phi_tau`` of the negative log-likelihood, with slope ``p_y^(tau - 1)``."""
+    nll = softmax_nll_(logits, target)
+    if tau is None or tau == 1:
+        return nll, torch.ones_like(nll)
+    return _phi(nll, tau), ((1 - tau) * nll).exp()
+
+
+def _z_derivative(logits: Tensor, target: Tensor, a: float, b: float, eps: float) -> tuple[Tensor, Tensor]:
+    """Z-loss: ``d loss / d o_k = -(g / std) (1[k = y] - 1/D - z_y z_k / D)``, ``g = sigmoid(a (b - z_y))``."""
+    classes, column = logits.shape[-1], target.unsqueeze(-1)
+    mean = logits.mean(-1, keepdim=True)
+    logits.sub_(mean)
+    logits.sub_(logits.mean(-1, keepdim=True))
+    spread = torch.linalg.vector_norm(logits, dim=-1, keepdim=True) / math.sqrt(classes)
+    # a row that is constant to rounding is left unscaled, with the derivative of its centred logit
+    constant = spread <= torch.finfo(logits.dtype).eps * mean.abs()
+    scale = torch.where(constant, torch.ones_like(spread), spread + eps)
+    own = logits.gather(-1, column) / scale
+    values = -torch.nn.functional.logsigmoid(a * (own - b)) / a
+    slope = -torch.sigmoid(a * (b - own)) / scale
+    # d z_y / d o_k of centred c: (1[k = y] - 1/D) / scale - c_y c_k / (D spread scale^2)
+    factor = torch.where(
+        constant, torch.zeros_like(own), own / (classes * torch.where(constant, 1.0, spread))
+    )
+    logits.mul_(-factor).sub_(1 / classes)
+    logits.scatter_add_(-1, column, torch.ones_like(own))
+    return values.squeeze(-1), slope.squeeze(-1)
+
+
+def _check(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    target: Any,
+    sample_weight: Tensor | None,
+    softcap: float | None,
+    denominator: Denominator,
+) -> int:
+    """The doors of the linear layer; returns the number of classes."""
+    check_floating("x", x)
+    check_floating("weight", weight)
+    if x.ndim < 2:
+        raise ValueError(f"x must have shape (N, D) or (N, T, D), got {tuple(x.shape)}")
+    check_shape("weight", weight, ("C", x.shape[-1]))
+    if bias is not None:
+        check_floating("bias", bias)
+        check_shape("bias", bias, (weight.shape[0],))
+    others = [weight] if bias is None else [weight, bias]
+    if any(other.dtype != x.dtype for other in others) and autocast_dtype(x) is None:
+        got = ", ".join(str(other.dtype) for other in others)
+        raise TypeError(f"weight and bias must have the dtype of x, {x.dtype}, outside autocast, got {got}")
+    if softcap is not None:
+        check_range("softcap", softcap, 0.0, float("inf"), open_low=True)
+    if not isinstance(target, Tensor):
+        raise TypeError(f"target must be a tensor, got {type(target).__name__}")
+    for name, tensor in (("target", target), ("sample_weight", sample_weight), ("denominator", denominator)):
+        if isinstance(tensor, Tensor) and tensor.requires_grad:
+            raise ValueError(f"{name} must not require a gradient, none flows to it here; detach it")
+    return weight.shape[0]
+
+
+def _check_target(
+    loss: ClassificationLoss, x: Tensor, target: Tensor, sample_weight: Tensor | None, classes: int
+) -> None:
+    # a tensor of the shape of the logits that takes the memory of one number
+    logits = x.new_zeros(()).expand(*x.shape[:-1], classes)
+    check_classification(
+        logits, target, loss.class_weight, sample_weight, loss.ignore_index, loss.minimum_classes
+    )
