@@ -61,15 +61,39 @@ def reduce(
     total = weighted.sum()
     if reduction == "sum":
         return total
+    return total / divisor(weights, denominator)
+
+
+def divisor(weights: Tensor, denominator: Denominator) -> Tensor | float:
+    """What a mean divides by: ``sum(w)`` or the given denominator, and 1 where that is 0."""
     if denominator is None:
         denominator = weights.sum()
     elif isinstance(denominator, str):
         denominator = mean_over_ranks(weights.sum())
     if isinstance(denominator, Tensor):
-        denominator = torch.where(denominator == 0, torch.ones_like(denominator), denominator)
+        return torch.where(denominator == 0, torch.ones_like(denominator), denominator)
+    return denominator or 1.0
+
+
+def row_weights(
+    target: Tensor,
+    class_weight: Tensor | None,
+    sample_weight: Tensor | None,
+    ignore_index: int,
+    dtype: torch.dtype,
+) -> Tensor:
+    """Weights (M,) of rows with labels (M,) of int64 or probabilities (M, C): 0 for what does not count."""
+    if target.is_floating_point():
+        weights = torch.ones(target.shape[0], dtype=dtype, device=target.device)
     else:
-        denominator = denominator or 1.0
-    return total / denominator
+        kept = target != ignore_index
+        weights = kept.to(dtype)
+        if class_weight is not None:
+            weights = weights * class_weight.to(dtype)[torch.where(kept, target, 0)]
+    if sample_weight is None:
+        return weights
+    # a weight of NaN on an ignored row must not revive it
+    return torch.where(weights == 0, weights, weights * sample_weight.to(dtype).reshape(-1))
 
 
 def safe_sqrt(squared: Tensor) -> Tensor:
@@ -147,21 +171,15 @@ def classification_rows(
         check_shape(name, companion, tuple(logits.shape))
         others.append(at_least_float32(companion).reshape(-1, classes))
     logits = at_least_float32(logits).reshape(-1, classes)
-    class_weight = None if class_weight is None else class_weight.to(logits.dtype)
     if target.is_floating_point():
         target = target.to(logits.dtype).reshape(-1, classes)
-        target = target if class_weight is None else target * class_weight
-        weights = logits.new_ones(logits.shape[0])
+        target = target if class_weight is None else target * class_weight.to(logits.dtype)
     else:
         # raised first: -100 would wrap around in a narrow integer dtype
         target = target.reshape(-1).long()
-        kept = target != ignore_index
-        target = torch.where(kept, target, 0)
-        weights = kept.to(logits.dtype)
-        weights = weights if class_weight is None else weights * class_weight[target]
-    if sample_weight is not None:
-        sample_weight = sample_weight.to(logits.dtype).reshape(-1)
-        weights = torch.where(weights == 0, weights, weights * sample_weight)
+    weights = row_weights(target, class_weight, sample_weight, ignore_index, logits.dtype)
+    if not target.is_floating_point():
+        target = torch.where(target != ignore_index, target, 0)
     counts = (weights != 0).unsqueeze(-1)
     logits = torch.where(counts, logits, torch.zeros_like(logits))
     if target.is_floating_point():

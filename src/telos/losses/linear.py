@@ -18,8 +18,7 @@ from telos.kernels.fused_linear import (
 )
 from telos.losses._algebra import ClassificationLoss, Loss, Mixture, term_name
 from telos.losses._checks import check_classification, check_floating, check_range, check_shape
-from telos.losses._distributed import mean_over_ranks
-from telos.losses._reduction import Denominator, Reduction, check_reduction
+from telos.losses._reduction import Denominator, Reduction, check_reduction, divisor, row_weights
 from telos.losses.classification.comp_sum import CompSumLoss, _phi
 from telos.losses.classification.cross_entropy import CrossEntropyLoss
 from telos.losses.classification.ldr import ALDRKLLoss, _adaptive_rows
@@ -118,8 +117,8 @@ def linear_loss(
     terms = []
     for term, factor in parts:
         counts = _row_weights(term, labels, sample_weight, classes, compute)
-        divisor = _divisor(counts, denominator) if reduction == "mean" else 1.0
-        terms.append(_Term(term, factor, counts, counts * factor / divisor))
+        divided_by = divisor(counts, denominator) if reduction == "mean" else 1.0
+        terms.append(_Term(term, factor, counts, counts * factor / divided_by))
 
     memories = [
         _Memory(term.loss, index, counted=term.counts) for term in terms if isinstance(term.loss, ALDRKLLoss)
@@ -204,8 +203,7 @@ class LinearLoss(nn.Module):
     ) -> None:
         super().__init__()
         check_reduction(reduction)
-        for _ in _terms(loss, reduction):
-            pass  # refuses here what the call would refuse
+        tuple(_terms(loss, reduction))  # refuses here what the call would refuse
         self.loss = loss
         self.softcap = softcap
         self.chunk_size: ChunkSize = chunk_size
@@ -308,25 +306,8 @@ def _row_weights(
             with torch.no_grad():
                 parts.append(loss.rows(logits, part, sample_weight=own)[1].to(dtype))
         return torch.cat(parts) if parts else torch.zeros(0, dtype=dtype, device=target.device)
-    if target.is_floating_point():
-        weights = torch.ones(target.shape[0], dtype=dtype, device=target.device)
-    else:
-        kept = target != loss.ignore_index
-        weights = kept.to(dtype)
-        if loss.class_weight is not None:
-            weights = weights * loss.class_weight.detach().to(dtype)[torch.where(kept, target, 0)]
-    return weights if sample_weight is None else torch.where(weights == 0, weights, weights * sample_weight)
-
-
-def _divisor(weights: Tensor, denominator: Denominator) -> Tensor | float:
-    """What the mean divides by, never 0; the rule of :func:`telos.losses.reduce`."""
-    if denominator is None:
-        denominator = weights.sum()
-    elif isinstance(denominator, str):
-        denominator = mean_over_ranks(weights.sum())
-    if isinstance(denominator, Tensor):
-        return torch.where(denominator == 0, torch.ones_like(denominator), denominator)
-    return denominator or 1.0
+    class_weight = None if loss.class_weight is None else loss.class_weight.detach()
+    return row_weights(target, class_weight, sample_weight, loss.ignore_index, dtype)
 
 
 class _Memory:
