@@ -14,16 +14,34 @@ from telos.theory.h_consistency import (
     h_consistency_gamma,
     h_consistency_transform,
 )
+from telos.theory.perceptron import (
+    LogisticPath,
+    PerceptronPath,
+    batch_perceptron,
+    logistic_gd,
+    maximum_margin,
+    perceptron,
+    separation_bound,
+    worst_case_dataset,
+)
 
 __all__ = [
     "AggregateRisk",
+    "LogisticPath",
     "OptimalBagSize",
+    "PerceptronPath",
     "aggregate_ridgeless",
     "asymptotic_risk",
+    "batch_perceptron",
     "best_conditional_risk",
     "h_consistency_bound",
     "h_consistency_gamma",
     "h_consistency_transform",
+    "logistic_gd",
+    "maximum_margin",
     "optimal_bag_size",
     "optimal_rho",
+    "perceptron",
+    "separation_bound",
+    "worst_case_dataset",
 ]

@@ -34,6 +34,7 @@ from telos.losses.classification.noise_robust import (
     mae_loss,
     sce_loss,
 )
+from telos.losses.classification.normalized_logistic import NormalizedLogisticLoss, normalized_logistic_loss
 from telos.losses.classification.stablemax import (
     StableMaxCrossEntropyLoss,
     log_stablemax,
@@ -61,6 +62,7 @@ __all__ = [
     "LDRKLLoss",
     "LabelSmoothingLoss",
     "MAELoss",
+    "NormalizedLogisticLoss",
     "SCELoss",
     "SmoothAdversarialCompSumLoss",
     "SphericalMSELoss",
@@ -82,6 +84,7 @@ __all__ = [
     "ldr_kl_loss",
     "log_stablemax",
     "mae_loss",
+    "normalized_logistic_loss",
     "rho_margin_comp_sum_loss",
     "sce_loss",
     "smooth_adversarial_comp_sum_loss",
