@@ -1,31 +1,29 @@
 """Several ranks compute the gradient of one process on the whole batch, unequal local batches included.
 
-One pool of three gloo processes runs every declared loss; the tests then look at what it reported.
+On 2 and on 3 ranks: a wrong factor of W - 1 does not show on 2 of them, and only 3 have one between first and last.
 """
 
-import multiprocessing as mp
-import os
-import tempfile
-import traceback
-from functools import cache
 from itertools import pairwise
-from pathlib import Path
-from queue import Empty
 
 import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from telos.losses import _distributed
 from tests.conformance.collect import all_declarations, batched, build, call, draw
+from tests.conformance.ranks import on_ranks
 from tests.declaration import Declaration, Inputs
 
-RANKS = 3
-N = 8  # not a multiple of the ranks: 2, 3 and 3 examples
+N = 8
+EDGES = {2: [0, 3, N], 3: [0, 2, 5, N]}  # where the batch is cut
 
 
 def checked() -> list[Declaration]:
     return [d for d in all_declarations() if d.module is not None and not d.no_distributed]
+
+
+each = pytest.mark.parametrize("position", range(len(checked())), ids=lambda i: checked()[i].name)
 
 
 class Model(nn.Module):
@@ -47,23 +45,26 @@ class Model(nn.Module):
         return {**inputs, **mapped}
 
 
-def parts(declaration: Declaration, inputs: Inputs) -> list[Inputs]:
+def local_part(declaration: Declaration, inputs: Inputs) -> Inputs:
+    rank, world = dist.get_rank(), dist.get_world_size()
     if declaration.split is not None:
-        return declaration.split(inputs, RANKS)
-    edges = [0, 2, 5, N]
+        return declaration.split(inputs, world)[rank]
+    low, high = list(pairwise(EDGES[world]))[rank]
     names = batched(declaration, inputs, N)
-    return [{k: v[low:high] if k in names else v for k, v in inputs.items()} for low, high in pairwise(edges)]
+    return {k: v[low:high] if k in names else v for k, v in inputs.items()}
 
 
-def parameter_gradients(declaration: Declaration, inputs: Inputs, ranks: bool) -> dict[str, Tensor]:
+def parameter_gradients(position: int) -> dict[str, Tensor]:
     """Two steps (a state written in the first is read in the second) and the gradients after the second."""
+    declaration, ranks = checked()[position], dist.is_initialized()
+    inputs = draw(declaration, N)
     loss = build(declaration, inputs).double()
     if ranks and not declaration.rows:
         loss.gather_distributed = True  # type: ignore[assignment]
     names = [name for name in declaration.differentiable if name in batched(declaration, inputs, N)]
     model: nn.Module = Model(inputs, names)
     model = nn.parallel.DistributedDataParallel(model) if ranks else model
-    local = parts(declaration, inputs)[dist.get_rank()] if ranks else inputs
+    local = local_part(declaration, inputs) if ranks else inputs
     for _ in range(2):
         model.zero_grad()
         loss.zero_grad()
@@ -77,63 +78,60 @@ def parameter_gradients(declaration: Declaration, inputs: Inputs, ranks: bool) -
         assert gradient is not None
         if ranks:
             dist.all_reduce(gradient)
-            gradient /= RANKS
+            gradient /= dist.get_world_size()
         found[f"loss.{name}"] = gradient
     found.update({f"state.{name}": buffer for name, buffer in loss.state_dict().items()})
     return {name: tensor.detach().clone() for name, tensor in found.items() if tensor is not None}
 
 
-def worker(rank: int, store: str, queue: mp.Queue) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=RANKS)
-    for position, declaration in enumerate(checked()):
-        try:
-            found = parameter_gradients(declaration, draw(declaration, N), ranks=True)
-            report = {name: tensor.tolist() for name, tensor in found.items()}
-        except Exception:  # reported to the test of this declaration, and the others go on
-            report = traceback.format_exc()
-        queue.put((rank, position, report))
-        dist.barrier()
-    dist.destroy_process_group()
+@pytest.mark.slow
+@pytest.mark.xdist_group("distributed")
+@pytest.mark.parametrize("world", EDGES)
+@each
+def test_ranks_equal_one_process(position: int, world: int) -> None:
+    expected = parameter_gradients(position)
+    for found in on_ranks(world, parameter_gradients, position):
+        assert found.keys() == expected.keys()
+        for name, want in expected.items():
+            torch.testing.assert_close(found[name], want, msg=lambda m, n=name: f"{n}: {m}")
 
 
-@cache
-def reports() -> dict[tuple[int, int], object]:
-    """What each rank found for each of the checked declarations, by their positions."""
-    context = mp.get_context("spawn")
-    queue = context.Queue()
-    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-    with tempfile.TemporaryDirectory() as folder:
-        store = str(Path(folder) / "store")
-        processes = [context.Process(target=worker, args=(rank, store, queue)) for rank in range(RANKS)]
-        for process in processes:
-            process.start()
-        found = {}
-        while len(found) < RANKS * len(checked()):
-            try:
-                rank, position, report = queue.get(timeout=2)
-                found[rank, position] = report
-            except Empty:
-                # a rank that died (killed for memory, say) will not report; the tests say which losses are missing
-                if not all(process.is_alive() or process.exitcode == 0 for process in processes):
-                    break
-        for process in processes:
-            process.join(timeout=30)
-            process.kill()
-    return found
+# ---------------------------------------------------------------------------------------------- planted faults
+
+
+def with_a_faulty_gather(fault: str, position: int) -> dict[str, Tensor]:
+    """``parameter_gradients`` with a gather whose backward is wrong, on every rank."""
+    gather = _distributed._GatherWithGradient
+    right = gather.backward
+
+    def wrong(ctx, *gradients: Tensor):
+        if fault == "no gradient of the other ranks' losses":
+            start = sum(ctx.sizes[: dist.get_rank()])
+            return gradients[0][start : start + ctx.sizes[dist.get_rank()]], None
+        own, _ = right(ctx, *gradients)
+        world = dist.get_world_size()
+        return own / world if fault == "divided by the ranks" else own * world, None
+
+    gather.backward = staticmethod(wrong)
+    try:
+        return parameter_gradients(position)
+    finally:
+        gather.backward = staticmethod(right)
+
+
+GATHERING = [i for i, d in enumerate(checked()) if not d.rows and hasattr(build(d), "gather_distributed")]
 
 
 @pytest.mark.slow
 @pytest.mark.xdist_group("distributed")
-@pytest.mark.parametrize("position", range(len(checked())), ids=lambda i: checked()[i].name)
-def test_ranks_equal_one_process(position: int) -> None:
-    declaration = checked()[position]
-    expected = parameter_gradients(declaration, draw(declaration, N), ranks=False)
-    for rank in range(RANKS):
-        report = reports().get((rank, position), "the rank ended before it reported")
-        assert isinstance(report, dict), report
-        assert report.keys() == expected.keys()
-        for name, want in expected.items():
-            torch.testing.assert_close(
-                torch.tensor(report[name], dtype=want.dtype), want, msg=lambda m, n=name: f"{n}: {m}"
-            )
+@pytest.mark.parametrize(
+    "fault", ["no gradient of the other ranks' losses", "divided by the ranks", "times the ranks"]
+)
+@pytest.mark.parametrize("position", GATHERING, ids=lambda i: checked()[i].name)
+def test_a_factor_of_the_world_size_is_noticed(position: int, fault: str) -> None:
+    """The faults that gathers with gradient have been published with, held against the test above."""
+    expected = parameter_gradients(position)
+    found, _ = on_ranks(2, with_a_faulty_gather, fault, position)
+    assert any(
+        not torch.allclose(found[n], g, rtol=1e-3) for n, g in expected.items() if n.startswith("model")
+    )

@@ -1,5 +1,6 @@
 """The factored output layer equals dense SGD, at a cost that does not depend on the number of classes."""
 
+import math
 from typing import Any
 
 import pytest
@@ -7,9 +8,11 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from telos.kernels import (
+from telos.kernels.spherical import (
     SphericalState,
+    spherical_backward,
     spherical_forward,
+    spherical_grad_norm,
     spherical_refactor,
     spherical_stabilize,
     spherical_state,
@@ -127,9 +130,94 @@ def test_update_equals_a_dense_step_of_any_gradients() -> None:
     grad_H, new = spherical_update(state, H, index, gA, gs, gq, 0.05)
     expected = W - 0.05 * grad_logits.T @ H
     _close(grad_H, grad_logits @ W)
+    _close(spherical_backward(state, H, index, gA, gs, gq), grad_logits @ W)
+    _close(spherical_grad_norm(state, H, index, gA, gs, gq), (grad_logits.T @ H).norm())
+    nothing = (0 * gA, 0 * gs, 0 * gq)
+    assert spherical_grad_norm(state, H, index, *nothing) == 0
     _close(spherical_weight(new), expected)
     _close(new.Q, expected.T @ expected)
     _close(new.w_bar, expected.sum(0))
+
+
+def _by_example_products(
+    state: SphericalState,
+    H: torch.Tensor,
+    index: torch.Tensor,
+    gA: torch.Tensor,
+    gs: torch.Tensor,
+    gq: torch.Tensor,
+    lr: float,
+) -> SphericalState:
+    """The step as the paper writes it: with the m x m matrix of products of the logits' gradients, and Woodbury."""
+    V, U, U_inv_t, omega, Q, w_bar = state
+    classes = V.shape[0]
+    Y = torch.zeros(len(H), classes, dtype=H.dtype).scatter_add_(1, index, gA)
+    B = 2 * gq.unsqueeze(1) * H
+    Z = Y @ spherical_weight(state) + torch.outer(gs, w_bar)
+    half = (
+        B @ Q @ B.T / 2
+        + Y @ Y.T / 2
+        + classes / 2 * torch.outer(gs, gs)
+        + torch.outer(gs, Y.sum(1))
+        + B @ Z.T
+    )
+    grad_H = B @ Q + Z
+    new_U = U - lr * (H @ U.T).T @ B
+    identity = torch.eye(len(H), dtype=H.dtype)
+    new_U_inv_t = U_inv_t + lr * (U_inv_t @ B.T) @ torch.linalg.solve(identity - lr * H @ B.T, H)
+    cross = grad_H.T @ H
+    return SphericalState(
+        V - lr * Y.T @ (H @ new_U_inv_t.T),
+        new_U,
+        new_U_inv_t,
+        omega - lr * H.T @ (2 * gq * (H @ omega) + gs),
+        Q - lr * (cross + cross.T) + lr**2 * H.T @ (half + half.T) @ H,
+        w_bar - lr * H.T @ (2 * gq * (H @ w_bar) + Y.sum(1) + classes * gs),
+    )
+
+
+@pytest.mark.parametrize("examples", [1, 4, 5, 6, 40])
+def test_update_equals_the_form_with_products_of_examples(examples: int) -> None:
+    """Fewer examples than features, as many, and more."""
+    features, classes = 5, 9
+    U = torch.eye(features, dtype=torch.float64) + 0.2 * _normal(features, features, seed=1)
+    V, omega = _normal(classes, features), _normal(features, seed=2)
+    W = V @ U + omega
+    state = SphericalState(V, U, torch.linalg.inv(U).T, omega, W.T @ W, W.sum(0))
+    H = _normal(examples, features, seed=3)
+    index = torch.randint(classes, (examples, 3), generator=torch.Generator().manual_seed(0))
+    gA, gs, gq = _normal(examples, 3, seed=4), _normal(examples, seed=5), 0.1 * _normal(examples, seed=6)
+    _, new = spherical_update(state, H, index, gA, gs, gq, 0.03)
+    for have, want in zip(new, _by_example_products(state, H, index, gA, gs, gq, 0.03), strict=True):
+        _close(have, want)
+
+
+@pytest.mark.parametrize("kind", ["z", "mse"])
+def test_small_matrices_in_float64_keep_float32_rows_nearer_to_exact_sgd(kind: Any) -> None:
+    classes, features, examples, lr = 200, 16, 16, {"z": 2.0, "mse": 0.003}[kind]
+    W = _normal(classes, features, dtype=torch.float32)
+    mixed = spherical_state(W)
+    assert mixed.V.dtype == torch.float32
+    assert {entry.dtype for entry in mixed[1:]} == {torch.float64}
+    single = SphericalState(*(entry.to(torch.float32, copy=True) for entry in mixed))
+    exact = spherical_state(W.double())
+    for step in range(400):
+        H = _normal(examples, features, seed=step, dtype=torch.float32)
+        index = torch.randint(40, (examples,), generator=torch.Generator().manual_seed(step))
+        mixed, single = (
+            spherical_step(state, H, index, lr, kind=kind, inplace=True).state for state in (mixed, single)
+        )
+        exact = spherical_step(exact, H.double(), index, lr, kind=kind).state
+        if step % 50 == 49:
+            mixed, single, exact = (spherical_stabilize(state) for state in (mixed, single, exact))
+    assert single.Q.dtype == torch.float32
+    want = spherical_weight(exact)
+
+    def error(state: SphericalState) -> torch.Tensor:
+        return (state.V.double() @ state.U.double() + state.omega.double() - want).norm() / want.norm()
+
+    assert error(mixed) < 1e-6
+    assert 2 * error(mixed) < error(single)
 
 
 def test_inplace_writes_the_rows_of_the_targets_only() -> None:
@@ -215,6 +303,58 @@ def test_cost_does_not_depend_on_the_number_of_classes() -> None:
     assert costs[0][0] > 0
 
 
+def test_memory_is_linear_in_the_batch() -> None:
+    state = spherical_state(_normal(50, 4))
+    sizes = []
+    for examples in (500, 1000):
+        H, one = _normal(examples, 4), torch.ones(examples, dtype=torch.float64)
+        index = torch.randint(50, (examples, 2), generator=torch.Generator().manual_seed(0))
+        with _Largest(set()) as largest:
+            spherical_update(state, H, index, torch.stack([one, one], 1), one, 1e-4 * one, 1e-3)
+        sizes.append(largest.numel)
+    assert sizes[1] == 2 * sizes[0]
+
+
+def test_weights_of_targets() -> None:
+    A, s, q = _normal(4, 3), _normal(4), 20 + _normal(4)
+    weight = _normal(4, 3, seed=1)
+    each = torch.stack([spherical_statistics_loss(A[:, k], s, q, 9, reduction="none") for k in range(3)], 1)
+    total = spherical_statistics_loss(A, s, q, 9, target_weight=weight, reduction="none")
+    _close(total, (weight * each).sum(1))
+    single = spherical_statistics_loss(A[:, 0], s, q, 9, target_weight=weight[:, 0], reduction="none")
+    _close(single, weight[:, 0] * each[:, 0])
+
+
+def test_stabilize_of_float32_rows() -> None:
+    U = torch.diag(torch.tensor([4.0, 1.0, 1.0, 0.9], dtype=torch.float64))
+    V = _normal(1000, 4, dtype=torch.float32)
+    state = SphericalState(V.clone(), U, torch.linalg.inv(U).T, _normal(4), _normal(4, 4), _normal(4))
+    W = spherical_weight(state)
+    for inplace in (False, True):
+        mended = spherical_stabilize(state, inplace=inplace)
+        assert mended.V.dtype == torch.float32
+        assert (mended.V is state.V) is inplace
+        torch.testing.assert_close(spherical_weight(mended), W, rtol=1e-6, atol=1e-6)
+        assert mended.U.dtype == torch.float64
+
+
+def test_stabilize_leaves_what_has_diverged() -> None:
+    state = spherical_state(_normal(9, 4))
+    state.U[0, 0] = math.nan
+    assert spherical_stabilize(state) is state
+
+
+def test_a_rate_that_makes_the_layer_singular_is_refused() -> None:
+    state, one = spherical_state(_normal(3, 2)), torch.ones(1, dtype=torch.float64)
+    before = state.V.clone()
+    for examples in (1, 2):  # fewer examples than features, and as many
+        H = torch.eye(2, dtype=torch.float64)[:examples]
+        ones = one.expand(examples)
+        with pytest.raises(RuntimeError, match="singular"):
+            spherical_update(state, H, ones.long(), ones, ones, ones, 0.5, inplace=True)
+    torch.testing.assert_close(state.V, before, rtol=0, atol=0)
+
+
 def test_head_is_differentiable() -> None:
     A, s, q = _normal(4, 2).requires_grad_(), _normal(4).requires_grad_(), (20 + _normal(4)).requires_grad_()
     for kind in LOSSES:
@@ -248,6 +388,8 @@ def test_doors() -> None:
         spherical_forward(state, H, torch.tensor([0, 1, 2]))
     with pytest.raises(ValueError, match=r"grad_sums must have shape \(2,\), got \(3,\)"):
         spherical_update(state, H, index, H[:, 0], _normal(3), H[:, 0], 0.1)
+    with pytest.raises(ValueError, match=r"target_weight must have shape \(2,\), got \(2, 1\)"):
+        spherical_statistics_loss(H[:, 0], H[:, 0], H[:, 0], 5, target_weight=H[:, :1])
     with pytest.raises(ValueError, match="weight_decay must lie below 1 / lr"):
         spherical_step(state, H, index, 0.5, weight_decay=2.0)
     with pytest.raises(ValueError, match="kind must be"):

@@ -49,6 +49,24 @@ declarations = [
         invariances={"scale": scaled_views, "exchange": swapped_views, "rotation": rotated},
         minimum=2,
     ),
+    *(
+        Declaration(
+            function=None,
+            module=tiled,
+            sample=two_view_sample(),
+            differentiable=("z1", "z2"),
+            rows=False,
+            extreme="",
+            growth=1,
+            no_compile="a chunk size that was asked for breaks the graph; tests/kernels/test_contrast.py",
+            minimum=2,
+        )
+        for tiled in (
+            lambda: InfoNCELoss(chunk_size=4),
+            lambda: InfoNCELoss(symmetric=True, chunk_size=4),
+            lambda: NTXentLoss(chunk_size=4),
+        )
+    ),
 ]
 
 
@@ -112,6 +130,96 @@ def test_an_index_changes_nothing(module: torch.nn.Module) -> None:
     """So that a stateless loss can stand where a stateful one is called."""
     z1, z2 = views()
     torch.testing.assert_close(module(z1, z2, index=torch.arange(7)), module(z1, z2), rtol=0.0, atol=0.0)
+
+
+# ---------------------------------------------------------------------------------------------- tiles
+
+
+def both_forms(function: Any, views: tuple[Tensor, Tensor], chunk_size: Any, **options: Any) -> None:
+    """The tiled form against the dense one: values, and gradients under a random cotangent."""
+    tiled, dense = (function(*views, chunk_size=size, **options) for size in (chunk_size, None))
+    torch.testing.assert_close(tiled, dense, rtol=1e-10, atol=1e-10)
+    cotangent = torch.randn_like(dense)
+    inputs = [view for view in views if view.requires_grad]
+    for got, want in zip(
+        torch.autograd.grad(tiled, inputs, cotangent),
+        torch.autograd.grad(dense, inputs, cotangent),
+        strict=True,
+    ):
+        torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-10)
+
+
+FORMS = [(info_nce_loss, {}), (info_nce_loss, {"symmetric": True}), (ntxent_loss, {})]
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("normalize", [True, False])
+@pytest.mark.parametrize("chunk_size", [1, 3, 100])
+@pytest.mark.parametrize(("function", "options"), FORMS)
+def test_tiles_change_nothing(
+    function: Any, options: dict[str, Any], chunk_size: int, normalize: bool, reduction: Any
+) -> None:
+    for n in (2, 7):
+        for temperature in (0.1, 0.01):
+            both_forms(
+                function,
+                views(n),
+                chunk_size,
+                normalize=normalize,
+                temperature=temperature,
+                reduction=reduction,
+                **options,
+            )
+
+
+@pytest.mark.parametrize(("function", "options"), FORMS)
+def test_tiles_of_a_large_batch(function: Any, options: dict[str, Any]) -> None:
+    """1,100 examples: more than one tile of 512 rows, with a remainder."""
+    both_forms(function, views(1100, 3), "auto", **options)
+
+
+@pytest.mark.parametrize(("function", "options"), FORMS)
+def test_a_frozen_view(function: Any, options: dict[str, Any]) -> None:
+    for frozen in (0, 1):
+        pair = views()
+        pair[frozen].requires_grad_(False)
+        both_forms(function, pair, 3, **options)
+
+
+@pytest.mark.parametrize(("function", "options"), FORMS)
+def test_second_derivatives_without_tiles(function: Any, options: dict[str, Any]) -> None:
+    z1, z2 = views(4)
+
+    def value(z1: Tensor, z2: Tensor) -> Tensor:
+        return function(z1, z2, **options)
+
+    assert torch.autograd.gradgradcheck(value, (z1, z2))
+    loss = function(z1, z2, chunk_size=2, **options)
+    with pytest.raises(RuntimeError, match="pass chunk_size=None"):
+        torch.autograd.grad(loss, z1, create_graph=True)
+
+
+@pytest.mark.parametrize(("function", "options"), FORMS)
+def test_functional_transforms_ignore_tiles(function: Any, options: dict[str, Any]) -> None:
+    z1, z2 = (z.detach() for z in views())
+    stack = torch.stack([z1, 2 * z1 + 1])
+    slopes = torch.func.vmap(torch.func.grad(lambda z: function(z, z2, chunk_size=3, **options)))(stack)
+    for entry, slope in zip(stack, slopes, strict=True):
+        leaf = entry.clone().requires_grad_()
+        torch.testing.assert_close(slope, torch.autograd.grad(function(leaf, z2, **options), leaf)[0])
+
+
+@pytest.mark.bare
+@pytest.mark.parametrize(("function", "options"), FORMS)
+def test_compiled_code_is_one_graph_at_any_size(function: Any, options: dict[str, Any]) -> None:
+    z1, z2 = views(1100, 3)
+    torch.compiler.reset()
+    compiled = torch.compile(lambda z1, z2: function(z1, z2, **options), fullgraph=True, backend="aot_eager")
+    want = function(z1, z2, **options)
+    got = compiled(z1, z2)
+    torch.testing.assert_close(got, want)
+    for one, two in zip(torch.autograd.grad(got, (z1, z2)), torch.autograd.grad(want, (z1, z2)), strict=True):
+        torch.testing.assert_close(one, two)
 
 
 # ---------------------------------------------------------------------------------------------- known values
@@ -217,6 +325,10 @@ def test_refusals_name_the_argument(function: Any) -> None:
         function(z1.long(), z2)
     with pytest.raises(ValueError, match="at least 2 examples"):
         function(z1[:1], z2[:1])
+    with pytest.raises(ValueError, match="chunk_size must be 'auto', None or at least 1, got 0"):
+        function(z1, z2, chunk_size=0)
+    with pytest.raises(ValueError, match="chunk_size"):
+        (InfoNCELoss if function is info_nce_loss else NTXentLoss)(chunk_size=-1)
 
 
 @pytest.mark.parametrize("symmetric", [False, True])

@@ -1,6 +1,7 @@
 """SupCon: plain loops, NT-Xent as the case of unique labels, and anchors without a positive."""
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -27,7 +28,17 @@ declarations = [
         extreme="",
         growth=2,
         invariances={"names of labels and scale": renamed_labels},
-    )
+    ),
+    Declaration(
+        function=None,
+        module=lambda: SupConLoss(chunk_size=4),
+        sample=embedding_sample(),
+        differentiable=("embeddings",),
+        rows=False,
+        extreme="",
+        growth=1,
+        no_compile="a chunk size that was asked for breaks the graph; tests/kernels/test_contrast.py",
+    ),
 ]
 
 LABELS = torch.tensor([0, 1, 0, 2, 1, 0, 3, 1])
@@ -81,6 +92,70 @@ def test_zero_with_a_graph_where_no_anchor_counts(n: int) -> None:
     assert torch.count_nonzero(slope) == 0
 
 
+def both_forms(z: Tensor, labels: Tensor, chunk_size: Any, **options: Any) -> None:
+    """The tiled form against the dense one: values, and gradients under a random cotangent."""
+    z = z.detach().requires_grad_()
+    tiled, dense = (supcon_loss(z, labels, chunk_size=size, **options) for size in (chunk_size, None))
+    torch.testing.assert_close(tiled, dense, rtol=1e-10, atol=1e-10)
+    cotangent = torch.randn_like(dense)
+    (got,), (want,) = (torch.autograd.grad(loss, z, cotangent) for loss in (tiled, dense))
+    torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"reduction": "sum"}, {"reduction": "none"}, {"denominator": 3.0}, {"denominator": torch.tensor(4)}],
+    ids=str,
+)
+@pytest.mark.parametrize("normalize", [True, False])
+@pytest.mark.parametrize("chunk_size", [1, 3, 100])
+def test_tiles_change_nothing(chunk_size: int, normalize: bool, options: dict[str, Any]) -> None:
+    for labels in (LABELS, torch.zeros(8).long(), torch.arange(8), LABELS.to(torch.uint8)):
+        for temperature in (0.1, 0.01):
+            both_forms(
+                embeddings(), labels, chunk_size, normalize=normalize, temperature=temperature, **options
+            )
+
+
+@pytest.mark.parametrize("n", [0, 1, 2])
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_tiles_of_hardly_any_examples(n: int, reduction: Any) -> None:
+    both_forms(embeddings(n), torch.zeros(n).long(), 3, reduction=reduction)
+
+
+@pytest.mark.parametrize("per_class", [4, 300])
+def test_tiles_of_a_large_batch(per_class: int) -> None:
+    """1,100 examples: more than one tile of 512 rows, with a remainder."""
+    order = torch.randperm(1100, generator=torch.Generator().manual_seed(1))
+    both_forms(embeddings(1100, 3), order // per_class, "auto")
+
+
+def test_second_derivatives_without_tiles() -> None:
+    z = embeddings(5).requires_grad_()
+    labels = torch.tensor([0, 0, 1, 2, 1])
+    assert torch.autograd.gradgradcheck(lambda z: supcon_loss(z, labels), z)
+    with pytest.raises(RuntimeError, match="pass chunk_size=None"):
+        torch.autograd.grad(supcon_loss(z, labels, chunk_size=2), z, create_graph=True)
+
+
+def test_functional_transforms_ignore_tiles() -> None:
+    stack = torch.stack([embeddings(), embeddings() + 1])
+    slopes = torch.func.vmap(torch.func.grad(lambda z: supcon_loss(z, LABELS, chunk_size=3)))(stack)
+    for entry, slope in zip(stack, slopes, strict=True):
+        leaf = entry.clone().requires_grad_()
+        torch.testing.assert_close(slope, torch.autograd.grad(supcon_loss(leaf, LABELS), leaf)[0])
+
+
+@pytest.mark.bare
+def test_compiled_code_is_one_graph_at_any_size() -> None:
+    z, labels = embeddings(1100, 3).requires_grad_(), torch.arange(1100) // 4
+    torch.compiler.reset()
+    compiled = torch.compile(supcon_loss, fullgraph=True, backend="aot_eager")
+    want, got = supcon_loss(z, labels), compiled(z, labels)
+    torch.testing.assert_close(got, want)
+    torch.testing.assert_close(torch.autograd.grad(got, z), torch.autograd.grad(want, z))
+
+
 def test_two_views_of_unique_labels_are_ntxent() -> None:
     z1, z2 = embeddings(10).chunk(2)
     labels = torch.arange(5)
@@ -128,3 +203,7 @@ def test_refusals_name_the_argument() -> None:
         supcon_loss(z, LABELS.double())
     with pytest.raises(ValueError, match="denominator"):
         supcon_loss(z, LABELS, reduction="sum", denominator=3.0)
+    with pytest.raises(ValueError, match="chunk_size must be 'auto', None or at least 1, got 0"):
+        supcon_loss(z, LABELS, chunk_size=0)
+    with pytest.raises(ValueError, match="chunk_size"):
+        SupConLoss(chunk_size=-1)

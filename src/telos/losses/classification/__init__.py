@@ -40,6 +40,13 @@ from telos.losses.classification.stablemax import (
     log_stablemax,
     stablemax_cross_entropy_loss,
 )
+from telos.losses.classification.trades import (
+    AdversarialCrossEntropyLoss,
+    TRADESLoss,
+    adversarial_cross_entropy_loss,
+    trades_attack,
+    trades_loss,
+)
 from telos.losses.classification.z_loss import (
     SphericalMSELoss,
     SphericalSoftmaxLoss,
@@ -53,6 +60,7 @@ from telos.losses.classification.z_loss import (
 
 __all__ = [
     "ALDRKLLoss",
+    "AdversarialCrossEntropyLoss",
     "CompSumLoss",
     "CrammerSingerLoss",
     "CrossEntropyLoss",
@@ -68,9 +76,11 @@ __all__ = [
     "SphericalMSELoss",
     "SphericalSoftmaxLoss",
     "StableMaxCrossEntropyLoss",
+    "TRADESLoss",
     "TaylorSoftmaxLoss",
     "WestonWatkinsLoss",
     "ZLoss",
+    "adversarial_cross_entropy_loss",
     "aldr_kl_loss",
     "calibrated_derivatives",
     "comp_sum_attack",
@@ -92,6 +102,8 @@ __all__ = [
     "spherical_softmax_loss",
     "stablemax_cross_entropy_loss",
     "taylor_softmax_loss",
+    "trades_attack",
+    "trades_loss",
     "weston_watkins_loss",
     "z_loss",
 ]

@@ -7,6 +7,8 @@ from jaxtyping import Float, Integer
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
+from telos.kernels.contrast import check_chunk_size, contrast_both_ways, contrast_rows, tile_rows
+from telos.kernels.fused_linear import ChunkSize
 from telos.losses._algebra import Loss
 from telos.losses._checks import check_range, check_two_views
 from telos.losses._distributed import gather_with_gradient
@@ -40,6 +42,7 @@ def info_nce_loss(
     symmetric: bool = False,
     normalize: bool = True,
     gather_distributed: bool = False,
+    chunk_size: ChunkSize | None = "auto",
     reduction: Reduction = "mean",
 ) -> Tensor:
     r"""InfoNCE, where the negatives of an example are the second views of the others.
@@ -59,15 +62,20 @@ def info_nce_loss(
         normalize: whether to scale embeddings to unit length first; without, s are inner products.
         gather_distributed: whether other ranks' examples are negatives too. The loss is then that of the
             whole batch.
+        chunk_size: how many rows of similarities are held at a time, so that memory grows with N and not N^2.
+            ``"auto"`` is 512 for more than 1024 examples, and all rows for fewer and in compiled code. A
+            number always tiles (compiled callers break their graph there), ``None`` never. The tiled loss is
+            the same number but has no second derivative; transforms of ``torch.func`` hold all rows.
         reduction: ``"mean"``, ``"sum"`` or ``"none"`` (one value per example).
 
     Returns:
         The loss: a scalar, or (N,) with ``reduction="none"``.
 
     Raises:
-        ValueError: for fewer than 2 examples, a wrong shape, a temperature of 0 or below, or an unknown
-            reduction.
+        ValueError: for fewer than 2 examples, a wrong shape, a temperature of 0 or below, an unknown
+            reduction, or a chunk size below 1.
         TypeError: for a wrong dtype.
+        RuntimeError: at a backward with ``create_graph=True`` through the tiled loss.
 
     Source:
         Representation Learning with Contrastive Predictive Coding, arXiv 1807.03748; for the role of the
@@ -82,10 +90,19 @@ def info_nce_loss(
     check_reduction(reduction)
     check_range("temperature", temperature, 0.0, math.inf, open_low=True)
     z1, z2 = _views(z1, z2, normalize, gather_distributed)
-    logits = scaled_products(z1, z2, 1 / temperature)
-    values = logits.logsumexp(-1) - logits.diagonal()
-    if symmetric:
-        values = (values + logits.logsumexp(0) - logits.diagonal()) / 2
+    count = z1.shape[0]
+    tile = tile_rows(chunk_size, count, count)
+    if tile is not None and not symmetric:
+        itself = torch.arange(count, device=z1.device)
+        loss = contrast_rows(z1 / temperature, z2, itself, chunk_size=tile, summed=reduction != "none")
+        return loss / count if reduction == "mean" else loss
+    if tile is not None:
+        values = contrast_both_ways(z1 / temperature, z2, chunk_size=tile) / 2
+    else:
+        logits = scaled_products(z1, z2, 1 / temperature)
+        values = logits.logsumexp(-1) - logits.diagonal()
+        if symmetric:
+            values = (values + logits.logsumexp(0) - logits.diagonal()) / 2
     return reduce(values, torch.ones_like(values), reduction)
 
 
@@ -108,13 +125,16 @@ class InfoNCELoss(Loss):
         symmetric: bool = False,
         normalize: bool = True,
         gather_distributed: bool = False,
+        chunk_size: ChunkSize | None = "auto",
         reduction: Reduction = "mean",
     ) -> None:
         super().__init__()
         check_reduction(reduction)
         check_range("temperature", temperature, 0.0, math.inf, open_low=True)
+        check_chunk_size(chunk_size)
         self.temperature, self.symmetric, self.normalize = temperature, symmetric, normalize
         self.gather_distributed = gather_distributed
+        self.chunk_size: ChunkSize | None = chunk_size
         self.reduction: Reduction = reduction
 
     def forward(self, z1: Tensor, z2: Tensor, index: Tensor | None = None) -> Tensor:
@@ -126,6 +146,7 @@ class InfoNCELoss(Loss):
             symmetric=self.symmetric,
             normalize=self.normalize,
             gather_distributed=self.gather_distributed,
+            chunk_size=self.chunk_size,
             reduction=self.reduction,
         )
 
@@ -138,6 +159,7 @@ def ntxent_loss(
     temperature: float = 0.1,
     normalize: bool = True,
     gather_distributed: bool = False,
+    chunk_size: ChunkSize | None = "auto",
     reduction: Reduction = "mean",
 ) -> Tensor:
     r"""NT-Xent, the loss of SimCLR: every one of the 2N views picks its partner among the 2N - 1 others.
@@ -156,6 +178,10 @@ def ntxent_loss(
         normalize: whether to scale embeddings to unit length first; without, s are inner products.
         gather_distributed: whether other ranks' examples are negatives too. The loss is then that of the
             whole batch.
+        chunk_size: how many rows of similarities are held at a time, so that memory grows with N and not N^2.
+            ``"auto"`` is 512 for more than 512 examples, and all rows for fewer and in compiled code. A
+            number always tiles (compiled callers break their graph there), ``None`` never. The tiled loss is
+            the same number but has no second derivative; transforms of ``torch.func`` hold all rows.
         reduction: ``"mean"``, ``"sum"`` or ``"none"``; the values are one per example, the mean of its two
             views.
 
@@ -163,9 +189,10 @@ def ntxent_loss(
         The loss: a scalar, or (N,) with ``reduction="none"``.
 
     Raises:
-        ValueError: for fewer than 2 examples, a wrong shape, a temperature of 0 or below, or an unknown
-            reduction.
+        ValueError: for fewer than 2 examples, a wrong shape, a temperature of 0 or below, an unknown
+            reduction, or a chunk size below 1.
         TypeError: for a wrong dtype.
+        RuntimeError: at a backward with ``create_graph=True`` through the tiled loss.
 
     Source:
         A Simple Framework for Contrastive Learning of Visual Representations, arXiv 2002.05709; Big
@@ -182,9 +209,18 @@ def ntxent_loss(
     z1, z2 = _views(z1, z2, normalize, gather_distributed)
     count = z1.shape[0]
     views = torch.cat([z1, z2])
+    itself = torch.arange(2 * count, device=z1.device)
+    partner = itself.roll(count)
+    tile = tile_rows(chunk_size, 2 * count, 2 * count)
+    if tile is not None:
+        loss = contrast_rows(
+            views / temperature, views, partner, itself, chunk_size=tile, summed=reduction != "none"
+        )
+        if reduction == "none":
+            return loss.view(2, count).mean(0)
+        return loss / (2 * count if reduction == "mean" else 2)
     logits = scaled_products(views, views, 1 / temperature)
     logits = logits.masked_fill(diagonal(2 * count, z1.device), -math.inf)
-    partner = torch.arange(2 * count, device=z1.device).roll(count)
     values = cross_entropy(logits, partner, reduction="none").view(2, count).mean(0)
     return reduce(values, torch.ones_like(values), reduction)
 
@@ -207,13 +243,16 @@ class NTXentLoss(Loss):
         *,
         normalize: bool = True,
         gather_distributed: bool = False,
+        chunk_size: ChunkSize | None = "auto",
         reduction: Reduction = "mean",
     ) -> None:
         super().__init__()
         check_reduction(reduction)
         check_range("temperature", temperature, 0.0, math.inf, open_low=True)
+        check_chunk_size(chunk_size)
         self.temperature, self.normalize = temperature, normalize
         self.gather_distributed = gather_distributed
+        self.chunk_size: ChunkSize | None = chunk_size
         self.reduction: Reduction = reduction
 
     def forward(self, z1: Tensor, z2: Tensor, index: Tensor | None = None) -> Tensor:
@@ -224,5 +263,6 @@ class NTXentLoss(Loss):
             temperature=self.temperature,
             normalize=self.normalize,
             gather_distributed=self.gather_distributed,
+            chunk_size=self.chunk_size,
             reduction=self.reduction,
         )

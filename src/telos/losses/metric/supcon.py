@@ -6,11 +6,13 @@ import torch
 from jaxtyping import Float, Integer
 from torch import Tensor
 
+from telos.kernels.contrast import check_chunk_size, contrast_labels, label_counts, tile_rows
+from telos.kernels.fused_linear import ChunkSize
 from telos.losses._algebra import Loss
 from telos.losses._checks import check_embeddings, check_range
 from telos.losses._distributed import gather_with_gradient
 from telos.losses._pairs import diagonal, normalized_rows, positive_pairs, scaled_products
-from telos.losses._reduction import Denominator, Reduction, at_least_float32, check_reduction, reduce
+from telos.losses._reduction import Denominator, Reduction, at_least_float32, check_reduction, divisor, reduce
 from telos.losses._space import log_uniform
 
 
@@ -21,6 +23,7 @@ def supcon_loss(
     temperature: float = 0.1,
     normalize: bool = True,
     gather_distributed: bool = False,
+    chunk_size: ChunkSize | None = "auto",
     reduction: Reduction = "mean",
     denominator: Denominator = None,
 ) -> Tensor:
@@ -42,6 +45,10 @@ def supcon_loss(
         normalize: whether to scale embeddings to unit length first; without, s are inner products.
         gather_distributed: whether other ranks' examples are pairs too. The loss is then that of the whole
             batch.
+        chunk_size: how many rows of similarities are held at a time, so that memory grows with N and not N^2.
+            ``"auto"`` is 512 for more than 1024 examples, and all rows for fewer and in compiled code. A
+            number always tiles (compiled callers break their graph there), ``None`` never. The tiled loss is
+            the same number but has no second derivative; transforms of ``torch.func`` hold all rows.
         reduction: ``"mean"`` over the anchors that have a positive, ``"sum"``, or ``"none"`` (one value per
             anchor).
         denominator: what the mean divides by; see :func:`telos.losses.reduce`.
@@ -50,8 +57,9 @@ def supcon_loss(
         The loss: a scalar, or (N,) with ``reduction="none"``. It is 0 where no anchor has a positive.
 
     Raises:
-        ValueError: for a wrong shape, a temperature of 0 or below, or an unknown reduction.
+        ValueError: for a wrong shape, a temperature of 0 or below, an unknown reduction, or a chunk size below 1.
         TypeError: for a wrong dtype.
+        RuntimeError: at a backward with ``create_graph=True`` through the tiled loss.
 
     Source:
         Supervised Contrastive Learning, arXiv 2004.11362.
@@ -67,6 +75,13 @@ def supcon_loss(
     if gather_distributed:
         embeddings, labels = gather_with_gradient(embeddings, labels)
     embeddings = normalized_rows(embeddings) if normalize else at_least_float32(embeddings)
+    tile = tile_rows(chunk_size, embeddings.shape[0], embeddings.shape[0])
+    if tile is not None:
+        counts = label_counts(labels)
+        loss = contrast_labels(
+            embeddings / temperature, embeddings, labels, counts, chunk_size=tile, summed=reduction != "none"
+        )
+        return loss / divisor((counts > 1).to(loss.dtype), denominator) if reduction == "mean" else loss
     logits = scaled_products(embeddings, embeddings, 1 / temperature)
     itself = diagonal(embeddings.shape[0], embeddings.device)
     # a lone example has no candidate but itself, and is kept finite by it
@@ -99,13 +114,16 @@ class SupConLoss(Loss):
         *,
         normalize: bool = True,
         gather_distributed: bool = False,
+        chunk_size: ChunkSize | None = "auto",
         reduction: Reduction = "mean",
     ) -> None:
         super().__init__()
         check_reduction(reduction)
         check_range("temperature", temperature, 0.0, math.inf, open_low=True)
+        check_chunk_size(chunk_size)
         self.temperature, self.normalize = temperature, normalize
         self.gather_distributed = gather_distributed
+        self.chunk_size: ChunkSize | None = chunk_size
         self.reduction: Reduction = reduction
 
     def forward(self, embeddings: Tensor, labels: Tensor, *, denominator: Denominator = None) -> Tensor:
@@ -116,6 +134,7 @@ class SupConLoss(Loss):
             temperature=self.temperature,
             normalize=self.normalize,
             gather_distributed=self.gather_distributed,
+            chunk_size=self.chunk_size,
             reduction=self.reduction,
             denominator=denominator,
         )
