@@ -5,6 +5,45 @@ try:
 except ImportError as error:
     raise ImportError("telos.metrics needs torchmetrics: pip install 'telos[metrics]'") from error
 
+from telos.metrics.calibration import (
+    BrierScore,
+    ClasswiseCalibrationError,
+    ConfidenceAUROC,
+    ExpectedCalibrationError,
+    ReliabilityBins,
+    ReliabilityDiagram,
+    brier_score,
+    classwise_calibration_error,
+    confidence_auroc,
+    expected_calibration_error,
+    fit_beta,
+    minimum_bayes_risk,
+    ordinal_agreement,
+    reliability_diagram,
+    top1_brier,
+    utility_to_probability,
+)
 from telos.metrics.stability import SoftmaxCollapse, nlm_alignment, softmax_collapse, zero_term_fraction
 
-__all__ = ["SoftmaxCollapse", "nlm_alignment", "softmax_collapse", "zero_term_fraction"]
+__all__ = [
+    "BrierScore",
+    "ClasswiseCalibrationError",
+    "ConfidenceAUROC",
+    "ExpectedCalibrationError",
+    "ReliabilityBins",
+    "ReliabilityDiagram",
+    "SoftmaxCollapse",
+    "brier_score",
+    "classwise_calibration_error",
+    "confidence_auroc",
+    "expected_calibration_error",
+    "fit_beta",
+    "minimum_bayes_risk",
+    "nlm_alignment",
+    "ordinal_agreement",
+    "reliability_diagram",
+    "softmax_collapse",
+    "top1_brier",
+    "utility_to_probability",
+    "zero_term_fraction",
+]

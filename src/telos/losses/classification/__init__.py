@@ -8,6 +8,7 @@ from telos.losses.classification.comp_sum import (
     rho_margin_comp_sum_loss,
     smooth_adversarial_comp_sum_loss,
 )
+from telos.losses.classification.correctness_aware import CorrectnessAwareLoss, correctness_aware_loss
 from telos.losses.classification.cross_entropy import (
     CrossEntropyLoss,
     LabelSmoothingLoss,
@@ -47,6 +48,7 @@ from telos.losses.classification.trades import (
     trades_attack,
     trades_loss,
 )
+from telos.losses.classification.utility_learning import UtilityLearningLoss, utility_learning_loss
 from telos.losses.classification.z_loss import (
     SphericalMSELoss,
     SphericalSoftmaxLoss,
@@ -62,6 +64,7 @@ __all__ = [
     "ALDRKLLoss",
     "AdversarialCrossEntropyLoss",
     "CompSumLoss",
+    "CorrectnessAwareLoss",
     "CrammerSingerLoss",
     "CrossEntropyLoss",
     "EnsLoss",
@@ -78,6 +81,7 @@ __all__ = [
     "StableMaxCrossEntropyLoss",
     "TRADESLoss",
     "TaylorSoftmaxLoss",
+    "UtilityLearningLoss",
     "WestonWatkinsLoss",
     "ZLoss",
     "adversarial_cross_entropy_loss",
@@ -85,6 +89,7 @@ __all__ = [
     "calibrated_derivatives",
     "comp_sum_attack",
     "comp_sum_loss",
+    "correctness_aware_loss",
     "crammer_singer_loss",
     "cross_entropy_loss",
     "ens_loss",
@@ -104,6 +109,7 @@ __all__ = [
     "taylor_softmax_loss",
     "trades_attack",
     "trades_loss",
+    "utility_learning_loss",
     "weston_watkins_loss",
     "z_loss",
 ]
