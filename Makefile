@@ -5,7 +5,7 @@ PY := $(VENV)/bin/python
 PIP := $(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt
 PYTEST := OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist loadgroup
 
-.PHONY: help demo test lint format conformance-full mutants docs clean
+.PHONY: help demo test lint format conformance-full mutants bench docs clean
 
 help:
 	@echo "make demo              compare nine losses on noisy digits; leaves runs/demo/report.html"
@@ -13,6 +13,7 @@ help:
 	@echo "make lint              formatter, linter and type checker"
 	@echo "make docs              build the documentation into docs/_build"
 	@echo "make conformance-full  the contracts with Inductor on every loss"
+	@echo "make bench             speed and memory beside other libraries; under half an hour on two cores"
 	@echo "make mutants           plant faults in the losses and count those that the suite catches"
 
 $(VENV)/bin/python:
@@ -31,6 +32,11 @@ $(VENV)/.lab: $(VENV)/.torch pyproject.toml
 $(VENV)/.dev: $(VENV)/.torch pyproject.toml
 	$(PIP) -e '.[dev]'
 	@touch $@ $(VENV)/.lab
+
+# lightly brings torchvision; a build for another torch than the one here would break whatever looks for it
+$(VENV)/.bench: $(VENV)/.torch pyproject.toml
+	$(PIP) -e '.[bench]'
+	@touch $@
 
 demo: $(VENV)/.lab
 	$(VENV)/bin/telos compare digits_noisy \
@@ -56,6 +62,10 @@ conformance-full: $(VENV)/.dev
 
 mutants: $(VENV)/.dev
 	$(PY) tools/mutants.py
+
+bench: $(VENV)/.bench
+	$(PY) -m benchmarks
+	$(PY) tools/benchmarks_table.py
 
 docs: $(VENV)/.dev
 	$(PY) -m sphinx -W -b html docs docs/_build

@@ -1,6 +1,7 @@
 """The documentation builds without a warning and shows every implemented method."""
 
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -56,8 +57,32 @@ def programs() -> list:
 
 
 @pytest.mark.parametrize("program", programs())
-def test_programs_of_the_guide_run(program: str) -> None:
+def test_programs_of_the_guide_run(program: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
     exec(compile(program, "guide", "exec"), {"__name__": "guide"})
+
+
+@pytest.mark.slow
+def test_commands_of_the_guide_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first program of the page writes the table that its commands use, one after another."""
+    from typer.testing import CliRunner
+
+    from telos.cli import app
+
+    monkeypatch.chdir(tmp_path)
+    page = (ROOT / "docs" / "compare.md").read_text(encoding="utf-8")
+    exec(compile(FENCED.findall(page)[0], "guide", "exec"), {"__name__": "guide"})
+    commands = [
+        line
+        for block in re.findall(r"```bash\n(.*?)```", page, re.DOTALL)
+        for line in block.splitlines()
+        if line.startswith("telos ")
+    ]
+    assert len(commands) == 8
+    for command in commands:
+        ended = CliRunner().invoke(app, shlex.split(command)[1:])
+        assert ended.exit_code == 0, f"{command}: {ended.output}"
+    assert (tmp_path / "exported" / "weights.safetensors").is_file()
 
 
 @pytest.mark.slow

@@ -367,12 +367,14 @@ def _progress(name: str) -> Iterator[Callable[[int, int], None]]:
 
 @app.command(context_settings=PASS_THROUGH)
 def compare(context: typer.Context) -> None:
-    """Compare objectives on your data: telos compare digits loss=cross_entropy,z_loss seeds=10.
+    """Compare objectives on your data: telos compare reviews.csv target=label loss=cross_entropy,focal.
 
-    The words are a task (a built-in name or package.module:Task), loss=A,B,... and, if wanted, optim=,
-    seeds=, trials=, tuning_seeds=, epochs=, metric=, band=, processes=, out=, store=, --dry-run, --json,
-    --quiet. A comma list makes a grid; name:key=value fixes a hyper-parameter; "z_loss+0.1*focal" is a
-    mixture.
+    The words are a task (a built-in name, a CSV or Parquet file, a NumPy archive, a folder of images,
+    package.module:Task, several separated by commas, or a TOML file from telos init), words about the data
+    (target=, group=, time=, test=, model=, ...), loss=A,B,... and, if wanted, optim=, seeds=, trials=,
+    tuning_seeds=, epochs=, metric=, band=, max_time=, reference=, processes=, engine=, out=, store=, --dry-run,
+    --json, --quiet. A comma list makes a grid; name:key=value fixes a hyper-parameter; "z_loss+0.1*focal" is
+    a mixture. telos compare STORE --add loss=... adds recipes to a finished comparison.
     """
     from telos.lab import command
 
@@ -381,10 +383,47 @@ def compare(context: typer.Context) -> None:
 
 @app.command(context_settings=PASS_THROUGH)
 def report(context: typer.Context) -> None:
-    """Analyse a finished comparison again without training: telos report STORE."""
+    """Analyse a finished comparison again without training: telos report STORE [OUT].
+
+    OUT is a folder, an .html file, or a table: .csv, .parquet, .tex or .md.
+    """
     from telos.lab import command
 
     raise typer.Exit(command.report(context.args) or 0)
+
+
+@app.command(context_settings=PASS_THROUGH)
+def runs(context: typer.Context) -> None:
+    """List, show or remove what a store holds: telos runs [STORE], telos runs show|remove KEY [STORE].
+
+    KEY is the first letters of a run's or a comparison's key; --all lists tuning runs too, --runs removes a
+    comparison's runs with it, --json prints JSON. Without STORE it is the newest under runs/.
+    """
+    from telos.lab import command
+
+    raise typer.Exit(command.runs(context.args) or 0)
+
+
+@app.command(context_settings=PASS_THROUGH)
+def export(context: typer.Context) -> None:
+    """Take a run home: telos export best|KEY [STORE] [OUT] writes its loss, a script and its weights.
+
+    The script trains the run again without telos.lab, and the numbers are checked against the stored ones.
+    """
+    from telos.lab import command
+
+    raise typer.Exit(command.export(context.args) or 0)
+
+
+@app.command(context_settings=PASS_THROUGH)
+def init(context: typer.Context) -> None:
+    """Write a commented TOML file of a comparison: telos init [FILE] [TASK WORDS...].
+
+    telos compare FILE runs it.
+    """
+    from telos.lab import command
+
+    raise typer.Exit(command.init(context.args) or 0)
 
 
 if __name__ == "__main__":

@@ -76,7 +76,7 @@ def test_the_folder_has_a_name_of_its_own(
     assert command.compare([*words[:-1], "epochs=3", "--quiet"]) == 0
     first, second = capsys.readouterr().out.split()
     assert first != second
-    assert first.startswith("runs/tests.trials.examples_BLOBS-")
+    assert first.startswith("runs/BLOBS-")
     assert (tmp_path / first).is_file()
 
 

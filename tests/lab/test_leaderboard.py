@@ -85,7 +85,7 @@ def test_the_table_fits_and_shows_names(width: int) -> None:
 
 
 def test_names_are_not_read_as_markup() -> None:
-    plan = replace(BETTER.plan, task="[bold]x[/bold] [red]")
+    plan = replace(BETTER.plan, title="[bold]x[/bold] [red]")
     assert "[bold]x[/bold] [red]" in printed(replace(BETTER, plan=plan), 160)
 
 

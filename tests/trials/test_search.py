@@ -1,10 +1,11 @@
 """Search: untuned first, then a sequence that recipe and trial number decide."""
 
+import numpy as np
 import pytest
 
 from telos.losses import choice, integers, log_uniform, uniform
-from telos.trials import best_trial, configuration, load_task, parse_recipes, search_space
-from telos.trials.search import describe
+from telos.trials import Run, best_trial, configuration, load_task, parse_recipes, search_space
+from telos.trials.search import Standing, describe, hopeless, score
 from tests.trials.examples import BLOBS
 
 
@@ -73,3 +74,102 @@ def test_ranges_in_words() -> None:
     assert describe(uniform(0, 2)) == "0 to 2"
     assert describe(integers(1, 5)) == "whole numbers 1 to 5"
     assert describe(choice("a", 2)) == "one of a, 2"
+
+
+# ------------------------------------------------------------------------------------------ hopeless trials
+
+
+def run_of(trial: int, seed: int, value: float | None) -> Run:
+    status = "diverged" if value is None else "finished"
+    return Run(
+        f"{trial}/{seed}", "t", "r", "tuning", trial, seed, 1, "c", {}, status,
+        metrics={} if value is None else {"m": value},
+    )  # fmt: skip
+
+
+def tuned(
+    values: np.ndarray, direction: str, best: float | None, ahead: int = 1
+) -> tuple[int | None, Standing, int]:
+    """Walk the trials as the engine does, with ``ahead`` runs on their way at a time; NaN diverges."""
+    trials, seeds = values.shape
+    standing = Standing(range(seeds), "m", direction, best)
+    on_the_way: list[tuple[int, int]] = []
+    ran = 0
+    for place in np.ndindex(trials, seeds):
+        while len(on_the_way) >= ahead:
+            trial, seed = on_the_way.pop(0)
+            value = values[trial, seed]
+            standing.add(trial, run_of(trial, seed, None if np.isnan(value) else float(value)))
+        if standing.trial(place[0]).status == "open":
+            on_the_way.append(place)
+            ran += 1
+    for trial, seed in on_the_way:
+        value = values[trial, seed]
+        standing.add(trial, run_of(trial, seed, None if np.isnan(value) else float(value)))
+    return best_trial([standing.trial(t).score for t in range(trials)], direction), standing, ran
+
+
+@pytest.mark.parametrize(("direction", "best"), [("max", 1.0), ("min", 0.0)])
+def test_stopping_hopeless_trials_never_changes_the_choice(direction: str, best: float) -> None:
+    """Against exhaustive tuning, on scores with many ties, tenths that rounding cannot hold, and divergence."""
+    rng = np.random.default_rng(0)
+    saved = 0
+    for case in range(400):
+        trials, seeds = int(rng.integers(1, 12)), int(rng.integers(1, 12))
+        steps = int(rng.choice([2, 3, 7, 10, 1000]))
+        values = rng.integers(0, steps + 1, (trials, seeds)) / steps
+        values = values ** rng.choice([0.2, 1.0, 5.0])
+        values[rng.random(values.shape) < 0.03] = np.nan
+        whole = [None if np.isnan(row).any() else score(row.tolist()) for row in values]
+        expected = best_trial(whole, direction)
+        chosen, _, ran = tuned(values, direction, best)
+        assert chosen == expected, case
+        assert tuned(values, direction, None)[0] == expected
+        saved += values.size - ran
+    assert saved > 1000
+
+
+def test_how_many_run_at_a_time_does_not_change_what_is_said_of_a_trial() -> None:
+    rng = np.random.default_rng(1)
+    surplus = 0
+    for _ in range(200):
+        values = rng.integers(0, 11, (8, 4)) / 10
+        values[rng.random(values.shape) < 0.05] = np.nan
+        _, alone, few = tuned(values, "max", 1.0)
+        _, crowded, many = tuned(values, "max", 1.0, ahead=7)
+        assert [alone.trial(t) for t in range(8)] == [crowded.trial(t) for t in range(8)]
+        surplus += many - few
+    assert surplus > 0
+
+
+def test_a_trial_is_stopped_by_its_own_runs_and_earlier_trials_alone() -> None:
+    standing = Standing((5, 6, 7), "m", "max", 1.0)
+    for seed, value in zip((5, 6, 7), (0.8, 0.9, 0.7), strict=True):
+        standing.add(1, run_of(1, seed, value))
+    # the bound of trial 2 after 0.3 is 0.7667 < 0.8
+    standing.add(2, run_of(2, 5, 0.3))
+    assert (standing.trial(2).status, standing.trial(2).score) == ("stopped", None)
+    # trial 0 comes before trial 1, so trial 1 says nothing about it
+    standing.add(0, run_of(0, 5, 0.3))
+    assert standing.trial(0).status == "open"
+    # a value that is just good enough
+    standing.add(3, run_of(3, 5, 0.41))
+    assert standing.trial(3).status == "open"
+    standing.add(4, run_of(4, 5, None))
+    assert standing.trial(4).status == "diverged"
+
+
+def test_nothing_is_hopeless_without_a_best_value_or_a_complete_trial() -> None:
+    assert not hopeless([0.0], 3, None, 0.9, "max")
+    assert not hopeless([0.0], 3, 1.0, None, "max")
+    assert not hopeless([0.0, 0.0, 0.0], 3, 1.0, 0.9, "max")
+    # all that is left could at best be a tie, and the earlier trial wins ties
+    assert hopeless([0.5], 2, 1.0, 0.75, "max")
+    assert hopeless([0.5], 2, 0.0, 0.25, "min")
+    assert not hopeless([0.5], 2, 0.0, 0.2500001, "min")
+
+
+def test_repeated_configurations_are_neither_run_nor_chosen() -> None:
+    standing = Standing((5,), "m", "max", 1.0, repeats=(1,))
+    assert standing.trial(1).status == "repeated"
+    assert standing.trial(0).status == "open"

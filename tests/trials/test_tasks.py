@@ -6,11 +6,15 @@ import torch
 from sklearn.metrics import f1_score, log_loss
 
 from telos.losses import CrossEntropyLoss, Mixture
+from telos.losses.regression import HuberLoss, MSELoss
 from telos.trials import BUILT_IN, Batches, ClassificationTask, UsageError, classification_metrics, load_task
+from telos.trials.tasks import RegressionTask, derive_seed, regression_metrics
 from tests.trials.examples import BLOBS, Remembering
 
+CLASSIFICATION = sorted(name for name, task in BUILT_IN.items() if isinstance(task, ClassificationTask))
 
-@pytest.mark.parametrize("name", sorted(BUILT_IN))
+
+@pytest.mark.parametrize("name", CLASSIFICATION)
 def test_splits_are_a_partition_of_constant_sizes_stratified_by_class(name: str) -> None:
     task = BUILT_IN[name]
     _, target = task.load()
@@ -30,6 +34,30 @@ def test_splits_are_a_partition_of_constant_sizes_stratified_by_class(name: str)
     np.testing.assert_allclose(shares, 0.25, atol=0.02)
     assert not torch.equal(one.train["inputs"], two.train["inputs"])
     assert torch.equal(one.train["inputs"], task.fold(0).train["inputs"])
+
+
+def test_the_built_in_tasks_are_what_they_have_been() -> None:
+    assert sorted(BUILT_IN) == [
+        "breast_cancer",
+        "diabetes",
+        "digits",
+        "digits_longtail",
+        "digits_noisy",
+        "wine",
+    ]
+    assert all(task.name == name for name, task in BUILT_IN.items())
+    # stored runs rest on the splits: class by class in order, training rows first, the test rows last
+    inputs, target = BUILT_IN["wine"].load()
+    rng = np.random.default_rng(derive_seed("wine", 4, "split"))
+    train, test = [], []
+    for label, (kept, held) in {0: (35, 15), 1: (42, 18), 2: (29, 12)}.items():
+        rows = rng.permutation(np.flatnonzero(target == label))
+        train += rows[:kept].tolist()
+        test += rows[-held:].tolist()
+    fold = BUILT_IN["wine"].fold(4)
+    scaled = (inputs - inputs[sorted(train)].mean(0)) / inputs[sorted(train)].std(0)
+    np.testing.assert_allclose(fold.train["inputs"], scaled[sorted(train)], rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(fold.test["inputs"], scaled[sorted(test)], rtol=1e-5, atol=1e-6)
 
 
 def test_features_are_standardised_with_the_training_split_alone() -> None:
@@ -137,7 +165,7 @@ def test_a_task_from_outside(spec: str) -> None:
     ("spec", "message"),
     [
         ("digit", r"unknown task 'digit'; nearest: digits"),
-        ("mnist1d", r"unknown task 'mnist1d'; there are: breast_cancer, digits"),
+        ("mnist1d", r"unknown task 'mnist1d'; there are: breast_cancer, diabetes, digits"),
         ("tests.trials.examples:blob", r"tests.trials.examples has no 'blob'; nearest: (BLOBS, )?blobs"),
         ("no.such.module:Task", r"cannot import no.such.module \(ModuleNotFoundError"),
         ("tests.trials.examples:NotATask", r"not a task: it lacks batch_size, epochs, evaluate, fold, info"),
@@ -154,3 +182,72 @@ def test_a_task_in_the_folder_where_the_user_stands(tmp_path, monkeypatch) -> No
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("sys.path", [path for path in __import__("sys").path if path])
     assert load_task("my_own_tasks:blobs").name == "blobs"
+
+
+# ---------------------------------------------------------------------------------------------------- regression
+
+
+def test_the_numbers_of_a_regression_are_standardised_and_lead_back() -> None:
+    task = BUILT_IN["diabetes"]
+    target = task.load()[1]
+    fold = task.fold(0)
+    sizes = [len(part["target"]) for part in (fold.train, fold.validation, fold.test)]
+    assert sizes == [266, 66, 110]
+    assert (fold.info.family, fold.info.num_classes, fold.info.num_examples) == ("regression", None, 266)
+    torch.testing.assert_close(fold.train["target"].mean(), torch.tensor(0.0), atol=1e-6, rtol=0)
+    torch.testing.assert_close(fold.train["target"].std(correction=0), torch.tensor(1.0), atol=1e-6, rtol=0)
+    torch.testing.assert_close(fold.train["inputs"].mean(0), torch.zeros(10), atol=1e-6, rtol=0)
+    own = torch.cat(
+        [
+            part["target"].double() * part["scale"] + part["centre"]
+            for part in (fold.train, fold.validation, fold.test)
+        ]
+    )
+    np.testing.assert_allclose(np.sort(own), np.sort(target), rtol=1e-5)
+    assert not torch.equal(fold.train["inputs"], task.fold(1).train["inputs"])
+    assert torch.equal(fold.train["inputs"], task.fold(0).train["inputs"])
+
+
+def test_regression_metrics_agree_with_scikit_learn() -> None:
+    from sklearn.metrics import mean_absolute_error, median_absolute_error, r2_score, root_mean_squared_error
+
+    generator = torch.Generator().manual_seed(0)
+    prediction, target = torch.randn(2, 50, generator=generator)
+    found = regression_metrics(prediction, target)
+    assert found["rmse"] == pytest.approx(root_mean_squared_error(target, prediction))
+    assert found["mae"] == pytest.approx(mean_absolute_error(target, prediction))
+    assert found["r2"] == pytest.approx(r2_score(target, prediction), rel=1e-5)
+    assert found["median_absolute_error"] == pytest.approx(median_absolute_error(target, prediction))
+    assert regression_metrics(prediction, torch.ones(50))["r2"] == 0.0
+
+
+def test_a_regression_is_measured_in_its_own_units() -> None:
+    task = BUILT_IN["diabetes"]
+    fold = task.fold(0)
+    for shape in ((), (1,)):  # a model may keep its one output as a dimension
+        constant = torch.nn.Module()
+        constant.forward = lambda inputs, shape=shape: torch.zeros(len(inputs), *shape)  # type: ignore[method-assign]
+        found = task.evaluate(constant, MSELoss(), fold.test)
+        own = fold.test["target"].double() * fold.test["scale"]
+        assert found["rmse"] == pytest.approx(own.square().mean().sqrt().item())
+        assert found["mae"] == pytest.approx(own.abs().mean().item())
+    assert set(found) == set(task.metrics) == set(task.best) == set(task.bands)
+    assert task.bands["rmse"] == pytest.approx(0.01 * task.load()[1].std(), rel=0.05)
+
+
+def test_a_regression_trains() -> None:
+    task = RegressionTask("line", lambda: (np.linspace(-1, 1, 80)[:, None], np.linspace(5, 9, 80)), width=8)
+    fold = task.fold(0)
+    torch.manual_seed(0)
+    model = task.model(fold.info)
+    step = task.training_step(model, HuberLoss())
+    before = task.evaluate(model, HuberLoss(), fold.test)["rmse"]
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.03)
+    for _ in range(100):
+        optimizer.zero_grad()
+        loss = step(fold.train)["loss"]
+        assert loss.ndim == 0
+        loss.backward()
+        optimizer.step()
+    assert task.evaluate(model, HuberLoss(), fold.test)["rmse"] < 0.1 < before
+    assert "a number from 5 to 9" in task.description

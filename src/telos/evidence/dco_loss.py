@@ -101,7 +101,8 @@ STUDY = Study(
     pilot=(
         "An earlier trial on seed 0 fixed the protocol: cross-entropy's pass@1 .40 to .55 and pass@64 .99 to .74; at "
         "epoch 200, for N = 1/4/16/64, pass@1 .55/.52/.44/.25 and pass@64 .74/.86/.95/.99. Its rule was the median "
-        "over seeds; here it is the bound on the mean. Seed 0 of this file was run once for time and correctness."
+        "over seeds; here it is the bound on the mean. Seed 0 of this file was run once for time and correctness: "
+        "rise .13, fall .24, gain .24, leads .026 and .027. Nothing was changed after it."
     ),
     run=run,
 )

@@ -21,7 +21,7 @@ from telos.kernels.fused_linear import (
 )
 
 # a tile reads all keys once: enough rows that this costs less than the products
-_TILE_ROWS = 512
+_TILE_ROWS = 1024
 # with fewer logits the matrix is small, and the dense formula knows every transform of torch
 _FEWEST_LOGITS = 2**20
 
@@ -40,13 +40,13 @@ def check_chunk_size(chunk_size: ChunkSize | None) -> None:
 def tile_rows(chunk_size: ChunkSize | None, num_queries: int, num_keys: int) -> int | None:
     """Rows of a tile, or ``None`` where the matrix of logits is to be held whole.
 
-    ``"auto"`` tiles more than 2^20 logits, 512 rows at a time, in eager code; compiled code and small matrices
+    ``"auto"`` tiles more than 2^20 logits, 1,024 rows at a time, in eager code; compiled code and small matrices
     stay dense. A number tiles always, and ``None`` never. Transforms of ``torch.func`` have no tiled form and find
     the dense one.
 
     Example:
         >>> tile_rows("auto", 512, 512), tile_rows("auto", 4096, 4096), tile_rows(64, 512, 512)
-        (None, 512, 64)
+        (None, 1024, 64)
     """
     check_chunk_size(chunk_size)
     compiling = torch.compiler.is_compiling()

@@ -1,7 +1,22 @@
-"""``telos compare``: the command, the leaderboard and the report."""
+"""``telos compare``: the command, the result, the leaderboard and the report."""
 
-from telos.lab.leaderboard import conclusion, frame, rows, table
+from telos.lab.leaderboard import conclusion, frame, rows, suite_frame, table, write_table
 from telos.lab.report import render, write_report
-from telos.trials import Comparison, compare
+from telos.lab.result import Result, compare, load
+from telos.trials import Comparison, Suite
 
-__all__ = ["Comparison", "compare", "conclusion", "frame", "render", "rows", "table", "write_report"]
+__all__ = [
+    "Comparison",
+    "Result",
+    "Suite",
+    "compare",
+    "conclusion",
+    "frame",
+    "load",
+    "render",
+    "rows",
+    "suite_frame",
+    "table",
+    "write_report",
+    "write_table",
+]

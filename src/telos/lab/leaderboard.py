@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import html
 import math
+from pathlib import Path
 from typing import Any
 
 import polars as pl
@@ -10,9 +12,19 @@ from rich.box import SIMPLE
 from rich.markup import escape
 from rich.table import Table
 
-from telos.trials import Comparison, Estimate
+from telos.trials import Comparison, Entry, Estimate, UsageError
+from telos.trials.suite import Suite
 
-TITLES = {"accuracy": "accuracy", "macro_f1": "macro-F1", "nll": "NLL", "ece": "ECE"}
+TITLES = {
+    "accuracy": "accuracy",
+    "macro_f1": "macro-F1",
+    "nll": "NLL",
+    "ece": "ECE",
+    "rmse": "RMSE",
+    "mae": "MAE",
+    "median_absolute_error": "median error",
+    "r2": "R²",
+}
 
 
 def rows(comparison: Comparison) -> list[dict[str, Any]]:
@@ -68,7 +80,9 @@ def table(comparison: Comparison, width: int = 120) -> Table:
     """The leaderboard for a terminal; a narrow one shows the plan's metric alone."""
     plan = comparison.plan
     board = Table(
-        title=f"{escape(plan.task)}: test split, mean of {plan.seeds} seeds", title_justify="left", box=SIMPLE
+        title=f"{escape(plan.title or plan.task)}: test split, mean of {_seeds(comparison.seeds_counted)}",
+        title_justify="left",
+        box=SIMPLE,
     )
     others = [metric for metric in plan.metrics if metric != plan.metric] if width >= 110 else []
     board.add_column("recipe", overflow="fold", min_width=14)
@@ -98,7 +112,23 @@ def table(comparison: Comparison, width: int = 120) -> Table:
             f"{row['seconds']:.2f}",
             f"[{colour}]{escape(said(row))}[/{colour}]",
         )
+    if comparison.reference is not None and comparison.reference.finished:
+        outside = comparison.reference
+        board.add_section()
+        board.add_row(
+            escape(outside.recipe.label),
+            f"{outside.mean(comparison.metric):.4f}",
+            "",
+            *(_shown(outside, metric) for metric in others),
+            f"{outside.seconds:.2f}",
+            "[dim]outside reference: not tuned, not ranked[/dim]",
+        )
     return board
+
+
+def _shown(entry: Entry, metric: str) -> str:
+    value = entry.mean(f"test_{metric}")
+    return f"{value:.4f}" if math.isfinite(value) else ""
 
 
 def said(row: dict[str, Any]) -> str:
@@ -124,9 +154,11 @@ def conclusion(comparison: Comparison) -> str:
     differences = comparison.differences()
     top, name = ranked[0], ranked[0].recipe.label
     tail = "" if comparison.complete else " (the comparison is not finished)"
+    if comparison.stopped_by_time:
+        tail += f" (max_time ended it after {_count(comparison.trials_counted, 'trial')} a recipe)"
     base = comparison.baseline.recipe.label
     most = "highest" if plan.direction == "max" else "lowest"
-    first = f"On {plan.task}, {name} had the {most} mean test {metric} over {_seeds(len(top.finished))}: "
+    first = f"On {plan.title or plan.task}, {name} had the {most} mean test {metric} over {_seeds(len(top.finished))}: "
     first += f"{top.mean(comparison.metric):.3f}"
     if name in differences:
         first += f", against {comparison.baseline.mean(comparison.metric):.3f} for the baseline {base}"
@@ -140,10 +172,15 @@ def conclusion(comparison: Comparison) -> str:
         return first + " There is no other recipe to compare it with."
     verdicts = [difference.verdict for difference in differences.values()]
     if all(verdict == "n too small to test" for verdict in verdicts):
-        return first + f" {_seeds(plan.seeds).capitalize()} cannot carry a test of any difference to {base}."
+        return (
+            first
+            + f" {_seeds(comparison.seeds_counted).capitalize()} cannot carry a test of any difference to {base}."
+        )
     counts = {kind: verdicts.count(kind) for kind in ("better", "worse", "practically equal")}
     counts["unclear after Holm's correction"] = verdicts.count("unclear after correction")
-    counts[f"without a difference that {_seeds(plan.seeds)} can show"] = len(verdicts) - sum(counts.values())
+    counts[f"without a difference that {_seeds(comparison.seeds_counted)} can show"] = len(verdicts) - sum(
+        counts.values()
+    )
     alone = len(verdicts) == 1
     parts = [words if alone else f"{count} {words}" for words, count in counts.items() if count]
     listed = parts[0] if len(parts) == 1 else f"{', '.join(parts[:-1])} and {parts[-1]}"
@@ -151,7 +188,10 @@ def conclusion(comparison: Comparison) -> str:
         f"{next(iter(differences))} came out" if alone else f"the {len(verdicts)} other recipes came out as"
     )
     second = f" Tested against {base}, {others} {listed}"
-    return first + second + "; this holds for this task, model and tuning budget."
+    scope = "this holds for this task, model and tuning budget"
+    if not plan.resplits:
+        scope = "this holds for this test split, model and tuning budget"
+    return first + second + f"; {scope}."
 
 
 def _interval(estimate: Estimate) -> str:
@@ -175,3 +215,152 @@ def _short(value: Any) -> str:
 
 def _number(value: float | None) -> float | None:
     return None if value is None or not math.isfinite(value) else float(value)
+
+
+# ------------------------------------------------------------------------------------------ several data sets
+
+
+def suite_frame(suite: Suite) -> pl.DataFrame:
+    """Ranks over several tasks, best first: mean rank, wins and losses, score, and the metric of every task."""
+    scores = suite.scores()
+    titles = suite_titles(suite)
+    return pl.DataFrame(
+        [
+            {
+                "recipe": standing.label,
+                "mean rank": standing.mean_rank,
+                "better": standing.better,
+                "worse": standing.worse,
+                "score": scores[standing.label],
+                **dict(zip(titles, standing.means, strict=True)),
+            }
+            for standing in suite.standings()
+        ]
+    )
+
+
+def suite_titles(suite: Suite) -> tuple[str, ...]:
+    """A short, unambiguous name for every task."""
+    names = [comparison.plan.title or comparison.plan.task for comparison in suite.comparisons]
+    return tuple(
+        name if names.count(name) == 1 else comparison.plan.task
+        for name, comparison in zip(names, suite.comparisons, strict=True)
+    )
+
+
+def suite_table(suite: Suite) -> Table:
+    """Ranks over several tasks for a terminal."""
+    board = Table(
+        title=f"{len(suite.comparisons)} data sets: ranks by test metric", title_justify="left", box=SIMPLE
+    )
+    board.add_column("recipe", overflow="fold", min_width=14)
+    for title in ("mean rank", "better", "worse", "score", *suite_titles(suite)):
+        board.add_column(escape(title), justify="right")
+    scores = suite.scores()
+    for standing in suite.standings():
+        cells = [f"{mean:.4f} ({rank:g})" for mean, rank in zip(standing.means, standing.ranks, strict=True)]
+        board.add_row(
+            escape(standing.label),
+            f"{standing.mean_rank:.2f}",
+            str(standing.better),
+            str(standing.worse),
+            f"{scores[standing.label]:.2f}",
+            *cells,
+        )
+    for label, why in suite.left_out.items():
+        board.add_row(escape(label), "", "", "", "", f"[yellow]{escape(why)}[/yellow]")
+    return board
+
+
+# ------------------------------------------------------------------------------------------------ exporting
+
+FORMATS = (".csv", ".parquet", ".tex", ".md")
+
+
+def write_table(found: Comparison | Suite, path: Path) -> Path:
+    """Write the leaderboard, or the ranks over several tasks, by the suffix of ``path``.
+
+    ``.csv`` and ``.parquet`` hold every number; ``.tex`` (booktabs) and ``.md`` what one would print.
+
+    Raises:
+        telos.trials.UsageError: for another suffix.
+    """
+    suffix = path.suffix.lower()
+    if suffix not in FORMATS:
+        raise UsageError(f"a table is written as {', '.join(FORMATS)}, got {path}")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if suffix in (".csv", ".parquet"):
+        whole = suite_frame(found) if isinstance(found, Suite) else frame(found)
+        (whole.write_csv if suffix == ".csv" else whole.write_parquet)(path)
+        return path
+    heads, lines = printed(found)
+    text = _latex(heads, lines) if suffix == ".tex" else _markdown(heads, lines)
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def printed(found: Comparison | Suite) -> tuple[list[str], list[list[str]]]:
+    """Titles and cells of the table that one would print, numbers to the right of the first column."""
+    if isinstance(found, Suite):
+        heads = ["recipe", "mean rank", "better", "worse", *suite_titles(found)]
+        lines = [
+            [s.label, f"{s.mean_rank:.2f}", str(s.better), str(s.worse), *(f"{m:.4f}" for m in s.means)]
+            for s in found.standings()
+        ]
+        return heads, lines
+    metrics = [found.plan.metric, *(name for name in found.plan.metrics if name != found.plan.metric)]
+    titles = [TITLES.get(name, name) for name in metrics]
+    heads = ["recipe", titles[0], "minus baseline", "95 % interval", *titles[1:], "verdict"]
+    lines = []
+    for row in rows(found):
+        interval = (
+            ""
+            if row["difference_low"] is None
+            else f"{row['difference_low']:+.4f} to {row['difference_high']:+.4f}"
+        )
+        cells = ["" if row[name] is None else f"{row[name]:.4f}" for name in metrics]
+        gap = "" if row["difference"] is None else f"{row['difference']:+.4f}"
+        lines.append([row["recipe"], cells[0], gap, interval, *cells[1:], said(row)])
+    return heads, lines
+
+
+def html_table(found: Comparison | Suite) -> str:
+    """The table and the conclusion as a piece of HTML, for notebooks; what users wrote stays text."""
+    heads, lines = printed(found)
+    top = "".join(f"<th>{html.escape(title)}</th>" for title in heads)
+    body = "".join(
+        "<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in line) + "</tr>" for line in lines
+    )
+    words = found.conclusion() if isinstance(found, Suite) else conclusion(found)
+    return f"<table><thead><tr>{top}</tr></thead><tbody>{body}</tbody></table><p>{html.escape(words)}</p>"
+
+
+def _markdown(heads: list[str], lines: list[list[str]]) -> str:
+    def line(cells: list[str]) -> str:
+        # a bar would end the cell, an angle bracket begin a tag
+        safe = (cell.replace("\\", "\\\\").replace("|", "\\|").replace("<", "&lt;") for cell in cells)
+        return "| " + " | ".join(" ".join(cell.split()) for cell in safe) + " |\n"
+
+    ruler = "|---" + "|---:" * (len(heads) - 1) + "|\n"
+    return line(heads) + ruler + "".join(map(line, lines))
+
+
+_LATEX = {
+    "\\": r"\textbackslash{}",
+    "~": r"\textasciitilde{}",
+    "^": r"\textasciicircum{}",
+    **{letter: "\\" + letter for letter in "&%$#_{}"},
+}
+
+
+def _latex(heads: list[str], lines: list[list[str]]) -> str:
+    def line(cells: list[str]) -> str:
+        safe = ("".join(_LATEX.get(letter, letter) for letter in cell) for cell in cells)
+        return " & ".join(" ".join(cell.split()) for cell in safe) + r" \\" + "\n"
+
+    columns = "l" + "r" * (len(heads) - 1)
+    return (
+        f"\\begin{{tabular}}{{{columns}}}\n\\toprule\n{line(heads)}\\midrule\n"
+        + "".join(map(line, lines))
+        + "\\bottomrule\n\\end{tabular}\n"
+    )

@@ -1,6 +1,6 @@
 """Log-probabilities of tokens: from logits, and from hidden states without ever building the logits."""
 
-from typing import Literal, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import torch
 from jaxtyping import Bool, Float, Integer
@@ -50,7 +50,8 @@ def token_logps(
         entropy_t = -sum_k p_k log p_k,     p = softmax(logits_t / temperature)
 
     The value and the gradients (of hidden, lm_head and bias; through the entropy as well) are those of
-    :func:`sequence_logps` on the logits. Gradients repeat the forward product, since the weight of each token is
+    :func:`sequence_logps` on the logits. On NVIDIA GPUs (from Ampere on) with Triton one kernel makes them, a chunk at a
+    time; a label out of range gives NaN there. Gradients repeat the forward product, since the weight of each token is
     known in backward only; under ``torch.no_grad()`` (a reference model) nothing is kept. Masked tokens are not
     computed. Labels are not shifted: ``labels[:, t]`` is the token that ``hidden[:, t]`` predicts.
 
@@ -63,7 +64,8 @@ def token_logps(
         temperature: divides the logits; above 0.
         reduction: ``"none"`` gives (N, T) with 0 at tokens that do not count, ``"sum"`` and ``"mean"`` (N,) over
             the tokens that count (0 where none does).
-        entropy: also return the entropy, reduced alike. Its derivative is taken by autograd, a chunk at a time.
+        entropy: also return the entropy, reduced alike. Without Triton its derivative is taken by autograd, a
+            chunk at a time.
         chunk_size: rows of a chunk, or ``"auto"``.
 
     Returns:
@@ -105,6 +107,18 @@ def token_logps(
         nll = softmax_nll_(logits if temperature == 1 else logits.div_(temperature), target)
         return -nll, torch.full_like(nll, -1 / temperature)
 
+    def kernel(
+        logits: Tensor, target: Tensor, *, cotangent: Tensor | None, out: Tensor | None, **layer: Any
+    ) -> Tensor:
+        from telos.kernels.triton_rows import softmax_rows
+
+        if cotangent is not None:  # the kernel gives the negative log-probability
+            cotangent = torch.stack([-cotangent[:, 0], cotangent[:, 1]], -1) if entropy else -cotangent
+        nll, entropies = softmax_rows(
+            logits, target, temperature=temperature, entropy=entropy, cotangent=cotangent, out=out, **layer
+        )
+        return -nll if entropies is None else torch.stack([-nll, entropies], -1)
+
     rows = fused_linear_rows(
         hidden.reshape(-1, hidden.shape[-1]),
         lm_head,
@@ -113,6 +127,7 @@ def token_logps(
         target.reshape(-1),
         row_weight=counts.reshape(-1).to(compute),
         derivative=None if entropy else derivative,
+        kernel=kernel,
         columns=2 if entropy else None,
         chunk_size=chunk_size,
         reduction="none",

@@ -1,8 +1,10 @@
 """Any row-wise classification loss fused with the output layer that feeds it: no N x C logits."""
 
 import math
-from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from typing import Any, Literal, NamedTuple, TypeAlias
+from weakref import WeakKeyDictionary
 
 import torch
 from jaxtyping import Float, Integer
@@ -11,21 +13,31 @@ from torch import Tensor, nn
 from telos.kernels.fused_linear import (
     ChunkSize,
     RowDerivative,
+    RowKernel,
+    auto_chunk_size,
     autocast_dtype,
     eager_in_compiled_code,
     fused_linear_rows,
-    softmax_nll_,
+    rows_on_triton,
 )
 from telos.losses._algebra import ClassificationLoss, Loss, Mixture, term_name
 from telos.losses._checks import check_classification, check_floating, check_range, check_shape
 from telos.losses._reduction import Denominator, Reduction, check_reduction, divisor, row_weights
+from telos.losses._row_derivatives import adaptive_ldr_kl, comp_sum_tau, row_derivative
 from telos.losses.classification.comp_sum import CompSumLoss, _phi
-from telos.losses.classification.cross_entropy import CrossEntropyLoss
+from telos.losses.classification.cross_entropy import CrossEntropyLoss, LabelSmoothingLoss
+from telos.losses.classification.focal import FocalLoss
 from telos.losses.classification.ldr import ALDRKLLoss, _adaptive_rows
-from telos.losses.classification.noise_robust import _MAE_TAU, GCELoss, MAELoss
+from telos.losses.classification.noise_robust import _MAE_TAU, GCELoss, MAELoss, SCELoss
 from telos.losses.classification.z_loss import ZLoss
 
 TermFormula = Callable[..., Tensor]
+Compiled: TypeAlias = bool | Literal["auto"]
+
+# fewer logits than these take less time than compiling could save
+_WORTH_COMPILING = 2**24
+# one for each loss, with a cache of its own: the losses of a process do not use up each other's recompilations
+_compiled: WeakKeyDictionary[nn.Module, Callable[..., Tensor]] = WeakKeyDictionary()
 
 
 class _Term(NamedTuple):
@@ -51,6 +63,7 @@ def linear_loss(
     denominator: Denominator = None,
     sample_weight: Float[Tensor, "*batch"] | None = None,
     index: Integer[Tensor, " batch"] | None = None,
+    compiled: Compiled = "auto",
 ) -> Tensor:
     r"""``loss(x @ weight.T + bias, target)`` with never more than a chunk of logits alive.
 
@@ -61,15 +74,25 @@ def linear_loss(
 
     Every row-wise loss on logits is taken: those of this library, subclasses of
     :class:`telos.losses.ClassificationLoss`, and mixtures of them, of which each term keeps its own denominator.
-    Cross-entropy, the comp-sum losses (GCE and MAE among them) and Z-loss have derivatives written by hand; the
-    others are differentiated a chunk at a time.
+    On labels most of them have derivatives written by hand (``losses/_row_derivatives.py``); the others, and all of
+    them on probabilities, are differentiated a chunk at a time.
 
     A loss that overrides ``rows`` must give weights that do not depend on the logits.
 
     Half-precision inputs are multiplied as they are and summed in float32, in which the logits stay (the eager
     expression rounds them); under autocast inputs are first rounded to its dtype. Compiled callers break their
-    graph here and go on. There is no second derivative. Sharded weights must be gathered before the call, as they
-    are in the forward of the module that holds them; tied embeddings simply receive both gradients.
+    graph here, once, and go on. There is no second derivative and no transform of ``torch.func``. Tied embeddings
+    simply receive both gradients.
+
+    On NVIDIA GPUs (from Ampere on) with Triton, which comes with torch there, one kernel makes values and gradient
+    of a chunk for cross-entropy, smoothed labels, focal loss, the comp-sum losses (GCE and MAE among them), SCE and
+    Z-loss on labels; a label out of range, which nobody can check there without waiting for the device, makes the
+    loss NaN. Other losses are compiled, see ``compiled``. Half-precision products take their operands as they are;
+    what that means for precision and memory stands with :func:`telos.kernels.fused_linear_rows`.
+
+    On several ranks take ``denominator="global"`` and make the call in the forward of the wrapped module. There
+    ``fully_shard`` has gathered the weights (a DTensor is refused) and reduces their gradients, and
+    DistributedDataParallel with ``find_unused_parameters`` sees that the output layer is used.
 
     Args:
         x: (N, D) or (N, T, D) inputs of the output layer.
@@ -84,6 +107,10 @@ def linear_loss(
         denominator: what the mean divides by; see :func:`telos.losses.reduce`.
         sample_weight: one weight per example, (N,) or (N, T).
         index: (N,) positions in the training set, for a loss with per-example memory.
+        compiled: whether a loss without a derivative written by hand passes through ``torch.compile``, which merges
+            its passes over a chunk; ``"auto"`` where kernels run on Triton and there are at least 2^24 logits. The
+            first call then takes seconds, and an error of the compiler is raised. A loss with memory, or with a
+            ``rows`` of its own, is not compiled.
 
     Returns:
         The loss: a scalar, or the shape of the batch with ``"none"``; float32 for half-precision inputs.
@@ -91,8 +118,8 @@ def linear_loss(
     Raises:
         ValueError: for a wrong shape, label or option, a loss that wants further inputs, or targets, weights or a
             denominator that require gradients.
-        TypeError: for a wrong dtype, or a loss that is not a sum over rows of logits.
-        RuntimeError: at a backward with ``create_graph=True``.
+        TypeError: for a wrong dtype, a sharded weight, or a loss that is not a sum over rows of logits.
+        RuntimeError: at a backward with ``create_graph=True``, and under a transform of ``torch.func``.
 
     Example:
         >>> import torch
@@ -116,7 +143,7 @@ def linear_loss(
     sample_weight = None if sample_weight is None else sample_weight.reshape(-1).to(compute)
     terms = []
     for term, factor in parts:
-        counts = _row_weights(term, labels, sample_weight, classes, compute)
+        counts = _row_weights(term, labels, sample_weight, classes, compute, chunk_size)
         divided_by = divisor(counts, denominator) if reduction == "mean" else 1.0
         terms.append(_Term(term, factor, counts, counts * factor / divided_by))
 
@@ -133,22 +160,29 @@ def linear_loss(
     position = torch.arange(rows.shape[0], device=x.device)
 
     shares: tuple[Tensor, ...] = ()
-    derivative = None
+    derivative, kernel = None, None
     if len(terms) == 1:
         row_weight = terms[0].share
-        derivative = _derivative(terms[0].loss) if labels.ndim == 1 else None
+        if labels.ndim == 1:
+            derivative, kernel = _derivative(terms[0].loss), _kernel(terms[0].loss)
+            if memories and memories[0].has_derivative:
+                derivative = memories[0].derivative
     else:
         shares = tuple(term.share for term in terms)
         row_weight = torch.stack(shares).ne(0).any(0).to(compute)
 
-    def formula(logits: Tensor, target: Tensor, position: Tensor, *shares: Tensor) -> Tensor:
-        if not shares:
-            return formulas[0](logits, target, position)
-        pairs = zip(formulas, shares, strict=True)
-        parts = [_masked(own, share, logits, target, position) for own, share in pairs]
-        return torch.stack(parts).sum(0)
-
     parameters = [parameter for parameter in loss.parameters() if parameter.requires_grad]
+    if parameters:
+        derivative = kernel = None
+    on_triton = rows_on_triton(x)
+    if compiled == "auto":
+        compiled = on_triton and rows.shape[0] * classes >= _WORTH_COMPILING
+    plain_rows = all(type(term.loss).rows is ClassificationLoss.rows for term in terms)
+    if compiled and plain_rows and derivative is None and (kernel is None or not on_triton):
+        formula = _compiled_formula(loss, tuple(term.loss for term in terms), softcap)
+        softcap = None  # it is a part of what is compiled
+    else:
+        formula = partial(_evaluate, formulas)
     result = fused_linear_rows(
         rows,
         weight,
@@ -158,7 +192,8 @@ def linear_loss(
         position,
         *shares,
         row_weight=row_weight,
-        derivative=None if parameters else derivative,
+        derivative=derivative,
+        kernel=kernel,
         parameters=parameters,
         softcap=softcap,
         chunk_size=chunk_size,
@@ -178,6 +213,7 @@ class LinearLoss(nn.Module):
         softcap: logits become ``softcap * tanh(logits / softcap)``.
         chunk_size: rows of a chunk, or ``"auto"``.
         reduction: ``"mean"``, ``"sum"`` or ``"none"``.
+        compiled: whether a loss without a derivative written by hand is compiled.
 
     The weight is an argument of the call, so that it stays with the model, where it may be tied or sharded.
 
@@ -200,6 +236,7 @@ class LinearLoss(nn.Module):
         softcap: float | None = None,
         chunk_size: ChunkSize = "auto",
         reduction: Reduction = "mean",
+        compiled: Compiled = "auto",
     ) -> None:
         super().__init__()
         check_reduction(reduction)
@@ -208,6 +245,7 @@ class LinearLoss(nn.Module):
         self.softcap = softcap
         self.chunk_size: ChunkSize = chunk_size
         self.reduction: Reduction = reduction
+        self.compiled: Compiled = compiled
 
     def forward(
         self,
@@ -233,11 +271,15 @@ class LinearLoss(nn.Module):
             denominator=denominator,
             sample_weight=sample_weight,
             index=index,
+            compiled=self.compiled,
         )
 
     def extra_repr(self) -> str:
         """Options, for ``print``."""
-        return f"softcap={self.softcap}, chunk_size={self.chunk_size!r}, reduction={self.reduction!r}"
+        return (
+            f"softcap={self.softcap}, chunk_size={self.chunk_size!r}, reduction={self.reduction!r}, "
+            f"compiled={self.compiled!r}"
+        )
 
 
 def _terms(
@@ -283,6 +325,45 @@ def _formula(loss: ClassificationLoss) -> TermFormula:
     return formula
 
 
+def _evaluate(
+    formulas: Sequence[TermFormula], logits: Tensor, target: Tensor, position: Tensor, *shares: Tensor
+) -> Tensor:
+    """The value of each row: of the only term, or the sum of the terms' shares."""
+    if not shares:
+        return formulas[0](logits, target, position)
+    pairs = zip(formulas, shares, strict=True)
+    parts = [_masked(own, share, logits, target, position) for own, share in pairs]
+    return torch.stack(parts).sum(0)
+
+
+def _capped_values(
+    losses: Sequence[ClassificationLoss], softcap: float | None, logits: Tensor, *chunk: Tensor
+) -> Tensor:
+    if softcap is not None:
+        logits = softcap * torch.tanh(logits / softcap)
+    return _evaluate([_formula(loss) for loss in losses], logits, *chunk)
+
+
+def _compiled_formula(
+    loss: nn.Module, losses: Sequence[ClassificationLoss], softcap: float | None
+) -> TermFormula:
+    """What ``_evaluate`` gives on capped logits, compiled once for all sizes of a chunk."""
+    if loss not in _compiled:
+        _compiled[loss] = torch.compile(_capped_values, isolate_recompiles=True)  # type: ignore[call-overload]
+    values = _compiled[loss]
+
+    def formula(logits: Tensor, *chunk: Tensor) -> Tensor:
+        for tensor in (logits, *chunk):
+            torch._dynamo.maybe_mark_dynamic(tensor, 0)  # the last chunk is shorter
+        try:
+            return values(losses, softcap, logits, *chunk)
+        except torch._dynamo.exc.TorchDynamoException as error:
+            error.add_note("linear_loss(..., compiled=False) does without the compiler")
+            raise
+
+    return formula
+
+
 def _masked(formula: TermFormula, share: Tensor, logits: Tensor, target: Tensor, position: Tensor) -> Tensor:
     """A term's part of rows that count for the mixture but perhaps not for the term."""
     counts = share != 0
@@ -292,13 +373,18 @@ def _masked(formula: TermFormula, share: Tensor, logits: Tensor, target: Tensor,
 
 
 def _row_weights(
-    loss: ClassificationLoss, target: Tensor, sample_weight: Tensor | None, classes: int, dtype: torch.dtype
+    loss: ClassificationLoss,
+    target: Tensor,
+    sample_weight: Tensor | None,
+    classes: int,
+    dtype: torch.dtype,
+    chunk_size: ChunkSize = "auto",
 ) -> Tensor:
     """Weights of the rows as ``loss.rows`` gives them, without logits."""
     if type(loss).rows not in (ClassificationLoss.rows, ALDRKLLoss.rows):
-        # a row contract of the user's own is asked, a few rows at a time
+        # a row contract of the user's own is asked, a chunk at a time
         parts = []
-        size = max(1, 2**20 // classes)
+        size = auto_chunk_size(target.shape[0], classes) if chunk_size == "auto" else max(1, chunk_size)
         for start in range(0, target.shape[0], size):
             part = target[start : start + size]
             own = None if sample_weight is None else sample_weight[start : start + size]
@@ -340,6 +426,23 @@ class _Memory:
         self.new[position] = new.detach()
         return values
 
+    @property
+    def has_derivative(self) -> bool:
+        return type(self.loss) is ALDRKLLoss and self.loss.normalize == "softplus" and not self.loss.exact
+
+    def derivative(self, logits: Tensor, target: Tensor, position: Tensor) -> tuple[Tensor, Tensor]:
+        loss = self.loss
+        values, slope, new = adaptive_ldr_kl(
+            logits,
+            target,
+            self.old[position],
+            temperature=loss.temperature,
+            alpha=loss.alpha,
+            margin=loss.margin,
+        )
+        self.new[position] = new.to(self.new.dtype)
+        return values, slope
+
     def commit(self) -> None:
         if self.index is not None and self.loss.training and torch.is_grad_enabled():
             self.loss.memory.write(self.index, temperature=self.new)
@@ -353,55 +456,56 @@ def _advance(loss: nn.Module) -> None:
 
 
 def _derivative(loss: ClassificationLoss) -> RowDerivative | None:
-    """The hand-written row derivative of a loss on labels, where there is one.
+    """The hand-written row derivative of a loss on labels, without the position that formulas take."""
+    derivative = row_derivative(loss)
+    if derivative is None:
+        return None
+    return lambda logits, target, position: derivative(logits, target)
 
-    Exact types only: a subclass may have changed the formula.
-    """
-    if type(loss) is CrossEntropyLoss:
-        return lambda logits, target, position: _through_nll(logits, target, None)
-    if type(loss) in (CompSumLoss, GCELoss, MAELoss):
-        tau = (
-            loss.tau
-            if isinstance(loss, CompSumLoss)
-            else 1 + loss.q
-            if isinstance(loss, GCELoss)
-            else _MAE_TAU
-        )
-        return lambda logits, target, position: _through_nll(logits, target, tau)
+
+def _kernel(loss: ClassificationLoss) -> RowKernel | None:
+    """The same on Triton, for every loss that is a function of ``-log p_y``, for smoothed labels and for Z-loss."""
     if type(loss) is ZLoss:
-        a, b, eps = loss.a, loss.b, loss.eps
-        return lambda logits, target, position: _z_derivative(logits, target, a, b, eps)
+        return partial(_z_kernel, loss.a, loss.b, loss.eps)
+    if type(loss) is LabelSmoothingLoss:
+        return partial(_nll_kernel, lambda nll: nll, {"smoothing": loss.smoothing})
+    if type(loss) in (CompSumLoss, GCELoss, MAELoss) and (tau := comp_sum_tau(loss)) != 1:
+        return partial(_nll_kernel, partial(_phi, tau=tau), {"slope": "comp_sum", "first": tau})
+    if type(loss) is FocalLoss and (gamma := loss.gamma) > 0:
+        modulated: Callable[[Tensor], Tensor] = lambda nll: (-torch.expm1(-nll)).pow(gamma) * nll  # noqa: E731
+        return partial(_nll_kernel, modulated, {"slope": "focal", "first": gamma})
+    if type(loss) is SCELoss:
+        alpha, reverse = loss.alpha, -loss.beta * loss.log_zero
+        return partial(
+            _nll_kernel,
+            lambda nll: alpha * nll + reverse * _phi(nll, _MAE_TAU),
+            {"slope": "symmetric", "first": alpha, "second": reverse},
+        )
+    if type(loss) in (CrossEntropyLoss, CompSumLoss, FocalLoss):
+        return partial(_nll_kernel, lambda nll: nll, {})
     return None
 
 
-def _through_nll(logits: Tensor, target: Tensor, tau: float | None) -> tuple[Tensor, Tensor]:
-    """A comp-sum loss is ``Phi_tau`` of the negative log-likelihood, with slope ``p_y^(tau - 1)``."""
-    nll = softmax_nll_(logits, target)
-    if tau is None or tau == 1:
-        return nll, torch.ones_like(nll)
-    return _phi(nll, tau), ((1 - tau) * nll).exp()
+def _nll_kernel(
+    value: Callable[[Tensor], Tensor],
+    options: dict[str, Any],
+    logits: Tensor,
+    target: Tensor,
+    position: Tensor,
+    **layer: Any,
+) -> Tensor:
+    from telos.kernels.triton_rows import softmax_rows
+
+    return value(softmax_rows(logits, target, **options, **layer)[0])
 
 
-def _z_derivative(logits: Tensor, target: Tensor, a: float, b: float, eps: float) -> tuple[Tensor, Tensor]:
-    """Z-loss: ``d loss / d o_k = -(g / std) (1[k = y] - 1/D - z_y z_k / D)``, ``g = sigmoid(a (b - z_y))``."""
-    classes, column = logits.shape[-1], target.unsqueeze(-1)
-    mean = logits.mean(-1, keepdim=True)
-    logits.sub_(mean)
-    logits.sub_(logits.mean(-1, keepdim=True))
-    spread = torch.linalg.vector_norm(logits, dim=-1, keepdim=True) / math.sqrt(classes)
-    # a row that is constant to rounding is left unscaled, with the derivative of its centred logit
-    constant = spread <= torch.finfo(logits.dtype).eps * mean.abs()
-    scale = torch.where(constant, torch.ones_like(spread), spread + eps)
-    own = logits.gather(-1, column) / scale
-    values = -torch.nn.functional.logsigmoid(a * (own - b)) / a
-    slope = -torch.sigmoid(a * (b - own)) / scale
-    # d z_y / d o_k of centred c: (1[k = y] - 1/D) / scale - c_y c_k / (D spread scale^2)
-    factor = torch.where(
-        constant, torch.zeros_like(own), own / (classes * torch.where(constant, 1.0, spread))
-    )
-    logits.mul_(-factor).sub_(1 / classes)
-    logits.scatter_add_(-1, column, torch.ones_like(own))
-    return values.squeeze(-1), slope.squeeze(-1)
+def _z_kernel(
+    a: float, b: float, eps: float, logits: Tensor, target: Tensor, position: Tensor, **layer: Any
+) -> Tensor:
+    from telos.kernels.triton_rows import z_rows
+
+    score = z_rows(logits, target, a=a, b=b, eps=eps, **layer)
+    return -torch.nn.functional.logsigmoid(a * (score - b)) / a
 
 
 def _check(

@@ -23,6 +23,8 @@ from telos.metrics.calibration import (
     top1_brier,
     utility_to_probability,
 )
+from telos.metrics.ranking import WeightedTripletRecall, triplet_weights, weighted_triplet_recall
+from telos.metrics.reliability import PassAtK, expected_pass_at_n, pass_at_k
 from telos.metrics.stability import SoftmaxCollapse, nlm_alignment, softmax_collapse, zero_term_fraction
 
 __all__ = [
@@ -30,20 +32,26 @@ __all__ = [
     "ClasswiseCalibrationError",
     "ConfidenceAUROC",
     "ExpectedCalibrationError",
+    "PassAtK",
     "ReliabilityBins",
     "ReliabilityDiagram",
     "SoftmaxCollapse",
+    "WeightedTripletRecall",
     "brier_score",
     "classwise_calibration_error",
     "confidence_auroc",
     "expected_calibration_error",
+    "expected_pass_at_n",
     "fit_beta",
     "minimum_bayes_risk",
     "nlm_alignment",
     "ordinal_agreement",
+    "pass_at_k",
     "reliability_diagram",
     "softmax_collapse",
     "top1_brier",
+    "triplet_weights",
     "utility_to_probability",
+    "weighted_triplet_recall",
     "zero_term_fraction",
 ]

@@ -58,9 +58,9 @@ def pass_at_k(
     n, wrong = num_samples.double(), (num_samples.long() - num_correct.long()).double()
     possible = wrong >= k  # with fewer wrong samples than attempts one of them is right
     wrong = torch.where(possible, wrong, n)
-    log_share = (wrong + 1).lgamma() - (wrong - k + 1).lgamma() - (n + 1).lgamma() + (n - k + 1).lgamma()
-    # rounding of the logarithms must not make a probability negative
-    return torch.where(possible, -torch.expm1(log_share.clamp_max(0.0)), 1.0)
+    # paired so that both differences are exactly 0 without a right sample
+    log_share = ((wrong + 1).lgamma() - (n + 1).lgamma()) + ((n - k + 1).lgamma() - (wrong - k + 1).lgamma())
+    return torch.where(possible, 0.0 - torch.expm1(log_share.clamp_max(0.0)), 1.0)
 
 
 def expected_pass_at_n(p: Float[Tensor, "*problems"], n: float) -> Float[Tensor, "*problems"]:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import hashlib
-import inspect
+import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Protocol, cast
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -14,14 +14,19 @@ from torch import Tensor, nn
 
 from telos.losses import TaskInfo
 from telos.losses._algebra import call_keywords
-from telos.trials._words import UsageError, import_symbol, nearest
+from telos.trials import models
+from telos.trials.splits import shuffled, stratified
 
 Batch = dict[str, Tensor]
 
 
 @dataclass(frozen=True)
 class Fold:
-    """One split of a task: three dicts of tensors (``inputs``, ``target``, ``index``) and their facts."""
+    """One split of a task: three dicts of tensors (``inputs``, ``target``, ``index``) and their facts.
+
+    The numbers of a regression are standardised, and ``centre`` and ``scale`` lead back to their own units:
+    two more tensors (N,), the same number in every row.
+    """
 
     train: Batch
     validation: Batch
@@ -50,6 +55,16 @@ class Batches:
 
 class Task(Protocol):
     """What ``telos compare`` asks of a task; :class:`ClassificationTask` is one.
+
+    A task may also have these, which are asked for with a default:
+
+    - ``description``: of the data and the model, in a sentence or two.
+    - ``notices``: what the user should know of the data before the first run, a sentence each.
+    - ``columns``: of a table; one dict each with ``name``, ``kind``, ``treatment`` and ``missing`` (a share).
+    - ``resplits``: whether every seed draws a new test split; True if absent.
+    - ``best``: the best value that a metric can take, by name.
+    - ``bands``: differences of a metric that do not matter in practice, by name.
+    - ``reference``: ``(fold, seed) -> metrics`` of a learner from outside, and ``reference_name``.
 
     Attributes:
         name: a short name; with the seed it decides splits, initialisations and batch order.
@@ -91,8 +106,101 @@ class Task(Protocol):
         ...
 
 
+def _supplying(model: nn.Module, loss: nn.Module) -> Callable[[Batch], Mapping[str, Tensor]]:
+    """A training step that gives ``index`` to losses whose call names it."""
+    accepted = call_keywords(loss) or frozenset()
+    supplied = sorted(accepted & {"index"})
+
+    def step(batch: Batch) -> Mapping[str, Tensor]:
+        extra = {name: batch[name] for name in supplied}
+        return {"loss": loss(model(batch["inputs"]), batch["target"], **extra)}
+
+    return step
+
+
+@torch.no_grad()
+def _outputs(model: nn.Module, inputs: Tensor, rows: int = 4096) -> Tensor:
+    """What the model, in evaluation mode, makes of many examples, some at a time."""
+    was_training = model.training
+    model.eval()
+    found = torch.cat([model(part) for part in inputs.split(rows)])
+    model.train(was_training)
+    return found
+
+
+class Classifying:
+    """How a classification task trains and measures: ``loss(logits (N, C), target (N,))``."""
+
+    best: Mapping[str, float] = {"accuracy": 1.0, "macro_f1": 1.0, "nll": 0.0, "ece": 0.0}
+
+    def training_step(self, model: nn.Module, loss: nn.Module) -> Callable[[Batch], Mapping[str, Tensor]]:
+        """The loss of a batch; ``index`` goes to losses whose call names it."""
+        return _supplying(model, loss)
+
+    @torch.no_grad()
+    def evaluate(self, model: nn.Module, loss: nn.Module, split: Batch) -> dict[str, float]:
+        """Accuracy, macro-F1, NLL and ECE, with the model in evaluation mode.
+
+        A loss whose probabilities are not the softmax of the logits says so with a method
+        ``log_probabilities(logits)``; all others are read through softmax.
+        """
+        logits = _outputs(model, split["inputs"])
+        own = getattr(loss, "log_probabilities", None)
+        if own is not None:
+            logits = own(logits)
+        return classification_metrics(logits, split["target"])
+
+
+class Regressing:
+    """How a regression task trains and measures: ``loss(prediction (N,), target (N,))``, target standardised."""
+
+    best: Mapping[str, float] = {"rmse": 0.0, "mae": 0.0, "median_absolute_error": 0.0, "r2": 1.0}
+
+    def training_step(self, model: nn.Module, loss: nn.Module) -> Callable[[Batch], Mapping[str, Tensor]]:
+        """The loss of a batch; a last dimension of one output is taken off."""
+        return _supplying(nn.Sequential(model, _Single()), loss)
+
+    @torch.no_grad()
+    def evaluate(self, model: nn.Module, loss: nn.Module, split: Batch) -> dict[str, float]:
+        """RMSE, MAE, median absolute error and R2 in the target's own units, in evaluation mode."""
+        prediction = _Single()(_outputs(model, split["inputs"]))
+        return regression_metrics(own_units(prediction, split), own_units(split["target"], split))
+
+
+class _Single(nn.Module):
+    def forward(self, prediction: Tensor) -> Tensor:
+        return prediction.squeeze(-1) if prediction.ndim == 2 else prediction
+
+
+def own_units(values: Tensor, split: Batch) -> Tensor:
+    """Standardised numbers of a split in the target's own units."""
+    return values.double() * split["scale"] + split["centre"]
+
+
+def standardised(target: np.ndarray, train: np.ndarray) -> Callable[[np.ndarray], Batch]:
+    """The numbers of some rows in deviations of the training rows, and the way back."""
+    known = target[train]
+    centre, scale = float(known.mean()), float(known.std())
+    if not scale > 1e-12 * np.abs(known).max():  # constant, but for rounding
+        scale = 1.0
+
+    def of(rows: np.ndarray) -> Batch:
+        return {
+            "target": torch.tensor((target[rows] - centre) / scale, dtype=torch.float32),
+            "centre": torch.tensor(centre, dtype=torch.float64).expand(len(rows)),
+            "scale": torch.tensor(scale, dtype=torch.float64).expand(len(rows)),
+        }
+
+    return of
+
+
+def _scaled_inputs(inputs: np.ndarray, train: np.ndarray) -> np.ndarray:
+    mean, deviation = inputs[train].mean(0), inputs[train].std(0)
+    return (inputs - mean) / np.where(deviation > 0, deviation, 1.0)
+
+
 @dataclass(eq=False)
-class ClassificationTask:
+class ClassificationTask(Classifying):
     """Classification of rows of numbers by a small network with one hidden layer.
 
     Every seed splits the data anew, stratified by class: 60 % to train on, 15 % to tune on, 25 % to test on.
@@ -111,6 +219,8 @@ class ClassificationTask:
         learning_rate: untuned, for AdamW.
         weight_decay: untuned, for AdamW.
         metric: what tuning looks at, on the validation split.
+        metrics: ``"max"`` or ``"min"`` for each metric.
+        architecture: ``"linear"`` or ``module:factory`` in place of the network.
 
     Example:
         >>> task = load_task("wine")
@@ -132,6 +242,7 @@ class ClassificationTask:
     metrics: Mapping[str, str] = field(
         default_factory=lambda: {"accuracy": "max", "macro_f1": "max", "nll": "min", "ece": "min"}
     )
+    architecture: str = ""
 
     @property
     def description(self) -> str:
@@ -140,7 +251,7 @@ class ClassificationTask:
         words = (
             f"{len(target):,} examples with {inputs.shape[1]} features in {int(target.max()) + 1} classes; "
         )
-        words += f"a network with one hidden layer of {self.width} units."
+        words += f"{_network(self.architecture, self.width)}."
         if self.noise:
             words += (
                 f" {self.noise:.0%} of the training and validation labels are wrong; test labels are clean."
@@ -160,11 +271,10 @@ class ClassificationTask:
         """The split of a seed; the same seed gives the same split, whatever the recipe."""
         inputs, target = self.load()
         rng = np.random.default_rng(derive_seed(self.name, seed, "split"))
-        train, validation, test = _stratified(target, rng, (0.60, 0.15, 0.25))
+        train, validation, test = stratified(target, rng)
         train = _long_tail(train, target, rng, self.imbalance)
-        seen = _noisy(target, rng, self.noise)
-        mean, deviation = inputs[train].mean(0), inputs[train].std(0)
-        scaled = (inputs - mean) / np.where(deviation > 0, deviation, 1.0)
+        seen = noisy(target, rng, self.noise)
+        scaled = _scaled_inputs(inputs, train)
 
         def split(rows: np.ndarray, labels: np.ndarray) -> Batch:
             return {
@@ -173,50 +283,135 @@ class ClassificationTask:
                 "index": torch.arange(len(rows)),
             }
 
-        classes = int(target.max()) + 1
-        info = TaskInfo(
-            family="classification",
-            num_classes=classes,
-            num_examples=len(train),
-            dim=self.width,
-            class_counts=tuple(np.bincount(seen[train], minlength=classes).tolist()),
-            supplies=frozenset({"index"}),
-        )
+        info = classes_info(seen[train], int(target.max()) + 1, inputs.shape[1:], self.width)
         return Fold(split(train, seen), split(validation, seen), split(test, target), info)
 
     def model(self, info: TaskInfo) -> nn.Module:
-        """A multilayer perceptron with one hidden layer."""
+        """A multilayer perceptron with one hidden layer, or what ``architecture`` names."""
         assert info.num_classes is not None
-        features = self.load()[0].shape[1]
-        return nn.Sequential(
-            nn.Linear(features, self.width), nn.ReLU(), nn.Linear(self.width, info.num_classes)
+        return _small_network(self.architecture, info, self.load()[0].shape[1], self.width)
+
+
+@dataclass(eq=False)
+class RegressionTask(Regressing):
+    """Regression on rows of numbers by a small network with one hidden layer.
+
+    Every seed splits the data anew: 60 % to train on, 15 % to tune on, 25 % to test on. Features and target
+    are standardised with the training split's mean and deviation; metrics are in the target's own units.
+
+    Args:
+        name: a short name.
+        load: returns inputs (N, D) and targets (N,).
+        width: hidden units.
+        epochs: how long to train.
+        batch_size: examples a step.
+        learning_rate: untuned, for AdamW.
+        weight_decay: untuned, for AdamW.
+        metric: what tuning looks at, on the validation split.
+        metrics: ``"max"`` or ``"min"`` for each metric.
+        architecture: ``"linear"`` or ``module:factory`` in place of the network.
+
+    Example:
+        >>> fold = load_task("diabetes").fold(seed=0)
+        >>> fold.info.family, fold.train["target"].shape, sorted(fold.train)
+        ('regression', torch.Size([266]), ['centre', 'index', 'inputs', 'scale', 'target'])
+    """
+
+    name: str
+    load: Callable[[], tuple[np.ndarray, np.ndarray]]
+    width: int = 128
+    epochs: int = 30
+    batch_size: int = 64
+    learning_rate: float = 1e-3
+    weight_decay: float = 1e-2
+    metric: str = "rmse"
+    metrics: Mapping[str, str] = field(
+        default_factory=lambda: {"rmse": "min", "mae": "min", "median_absolute_error": "min", "r2": "max"}
+    )
+    architecture: str = ""
+
+    @property
+    def description(self) -> str:
+        """The task in a sentence or two, for reports."""
+        inputs, target = self.load()
+        return (
+            f"{len(target):,} examples with {inputs.shape[1]} features, a number from {target.min():.4g} to "
+            f"{target.max():.4g} to predict; {_network(self.architecture, self.width)}."
         )
 
-    def training_step(self, model: nn.Module, loss: nn.Module) -> Callable[[Batch], Mapping[str, Tensor]]:
-        """The loss of a batch; ``index`` goes to losses whose call names it."""
-        accepted = call_keywords(loss) or frozenset()
-        supplied = sorted(accepted & {"index"})
+    @property
+    def info(self) -> TaskInfo:
+        """What a loss may know before the first run."""
+        return self.fold(0).info
 
-        def step(batch: Batch) -> Mapping[str, Tensor]:
-            extra = {name: batch[name] for name in supplied}
-            return {"loss": loss(model(batch["inputs"]), batch["target"], **extra)}
+    @property
+    def bands(self) -> Mapping[str, float]:
+        """Differences that do not matter in practice: a hundredth of the target's deviation, or of R2."""
+        return regression_bands(self.load()[1])
 
-        return step
+    def fold(self, seed: int) -> Fold:
+        """The split of a seed; the same seed gives the same split, whatever the recipe."""
+        inputs, target = self.load()
+        rng = np.random.default_rng(derive_seed(self.name, seed, "split"))
+        train, validation, test = shuffled(len(target), rng)
+        scaled, answers = _scaled_inputs(inputs, train), standardised(target, train)
 
-    @torch.no_grad()
-    def evaluate(self, model: nn.Module, loss: nn.Module, split: Batch) -> dict[str, float]:
-        """Accuracy, macro-F1, NLL and ECE, with the model in evaluation mode.
+        def split(rows: np.ndarray) -> Batch:
+            features = torch.tensor(scaled[rows], dtype=torch.float32)
+            return {"inputs": features, **answers(rows), "index": torch.arange(len(rows))}
 
-        A loss whose probabilities are not the softmax of the logits says so with a method
-        ``log_probabilities(logits)``; all others are read through softmax.
-        """
-        was_training = model.training
-        logits = model.eval()(split["inputs"])
-        model.train(was_training)
-        own = getattr(loss, "log_probabilities", None)
-        if own is not None:
-            logits = own(logits)
-        return classification_metrics(logits, split["target"])
+        info = numbers_info(len(train), inputs.shape[1:], self.width)
+        return Fold(split(train), split(validation), split(test), info)
+
+    def model(self, info: TaskInfo) -> nn.Module:
+        """A multilayer perceptron with one hidden layer, or what ``architecture`` names."""
+        return _small_network(self.architecture, info, self.load()[0].shape[1], self.width)
+
+
+def _network(architecture: str, width: int) -> str:
+    if not architecture:
+        return f"a network with one hidden layer of {width} units"
+    return models.ARCHITECTURES.get(architecture, f"the model {architecture}")
+
+
+def _small_network(architecture: str, info: TaskInfo, features: int, width: int) -> nn.Module:
+    if architecture:
+        assert isinstance(info, models.DataInfo)
+        return models.build(architecture, info, width)
+    return models.mlp(features, info.num_classes or 1, width)
+
+
+def classes_info(labels: np.ndarray, classes: int, shape: tuple[int, ...], width: int) -> models.DataInfo:
+    """The facts of a classification, from the labels of its training split."""
+    return models.DataInfo(
+        family="classification",
+        num_classes=classes,
+        num_examples=len(labels),
+        dim=width,
+        class_counts=tuple(np.bincount(labels, minlength=classes).tolist()),
+        supplies=frozenset({"index"}),
+        input_shape=tuple(shape),
+    )
+
+
+def numbers_info(examples: int, shape: tuple[int, ...], width: int) -> models.DataInfo:
+    """The facts of a regression."""
+    return models.DataInfo(
+        family="regression",
+        num_examples=examples,
+        dim=width,
+        supplies=frozenset({"index"}),
+        input_shape=tuple(shape),
+    )
+
+
+def regression_bands(target: np.ndarray) -> dict[str, float]:
+    """Differences that do not matter in practice: a hundredth of the target's deviation, or of R2."""
+    unit = float(f"{0.01 * target.std():.2g}")
+    return {"rmse": unit, "mae": unit, "median_absolute_error": unit, "r2": 0.01}
+
+
+# ----------------------------------------------------------------------------------------------------- metrics
 
 
 def classification_metrics(logits: Tensor, target: Tensor, bins: int = 15) -> dict[str, float]:
@@ -255,6 +450,34 @@ def classification_metrics(logits: Tensor, target: Tensor, bins: int = 15) -> di
     }
 
 
+def regression_metrics(prediction: Tensor, target: Tensor) -> dict[str, float]:
+    """Root mean squared, mean absolute and median absolute error, and R2.
+
+    Args:
+        prediction: (N,) numbers.
+        target: (N,) numbers, in the same units.
+
+    Returns:
+        ``rmse``, ``mae``, ``median_absolute_error`` and ``r2``, the share of the target's variance that is
+        explained (0 for a target without variance).
+
+    Example:
+        >>> import torch
+        >>> found = regression_metrics(torch.tensor([1.0, 2.0, 6.0]), torch.tensor([1.0, 2.0, 3.0]))
+        >>> {name: round(value, 4) for name, value in found.items()}
+        {'rmse': 1.7321, 'mae': 1.0, 'median_absolute_error': 0.0, 'r2': -3.5}
+    """
+    error = prediction.double() - target.double()
+    size, squared = error.abs(), error.square()
+    spread = (target.double() - target.double().mean()).square().sum()
+    return {
+        "rmse": math.sqrt(float(squared.mean())),
+        "mae": float(size.mean()),
+        "median_absolute_error": float(size.quantile(0.5)) if len(size) < 10**7 else float(size.median()),
+        "r2": float(1 - squared.sum() / spread) if spread > 0 else 0.0,
+    }
+
+
 def derive_seed(*parts: Any) -> int:
     """A seed for one purpose: a hash, so that neighbouring seeds and purposes share nothing.
 
@@ -266,20 +489,6 @@ def derive_seed(*parts: Any) -> int:
     """
     digest = hashlib.sha256("|".join(str(part) for part in parts).encode()).digest()
     return int.from_bytes(digest[:8], "big") >> 1
-
-
-def _stratified(
-    target: np.ndarray, rng: np.random.Generator, shares: tuple[float, float, float]
-) -> list[np.ndarray]:
-    # the counts of a class depend on its size alone, so that every seed has splits of the same sizes
-    parts: list[list[np.ndarray]] = [[], [], []]
-    for label in np.unique(target):
-        rows = rng.permutation(np.flatnonzero(target == label))
-        held = [max(1, round(share * len(rows))) for share in shares[1:]]
-        cuts = [len(rows) - sum(held), len(rows) - held[1]]
-        for part, chosen in zip(parts, np.split(rows, cuts), strict=True):
-            part.append(chosen)
-    return [np.sort(np.concatenate(part)) for part in parts]
 
 
 def _long_tail(
@@ -296,7 +505,8 @@ def _long_tail(
     return np.sort(np.concatenate(kept))
 
 
-def _noisy(target: np.ndarray, rng: np.random.Generator, noise: float) -> np.ndarray:
+def noisy(target: np.ndarray, rng: np.random.Generator, noise: float) -> np.ndarray:
+    """Labels of which a share is replaced by another class, drawn evenly."""
     if noise == 0:
         return target
     classes = int(target.max()) + 1
@@ -304,7 +514,7 @@ def _noisy(target: np.ndarray, rng: np.random.Generator, noise: float) -> np.nda
     return np.where(rng.random(len(target)) < noise, (target + shift) % classes, target)
 
 
-def _bundled(name: str) -> Callable[[], tuple[np.ndarray, np.ndarray]]:
+def _bundled(name: str, dtype: type = np.int64) -> Callable[[], tuple[np.ndarray, np.ndarray]]:
     cache: list[tuple[np.ndarray, np.ndarray]] = []
 
     def load() -> tuple[np.ndarray, np.ndarray]:
@@ -313,7 +523,7 @@ def _bundled(name: str) -> Callable[[], tuple[np.ndarray, np.ndarray]]:
             from sklearn import datasets
 
             inputs, target = getattr(datasets, f"load_{name}")(return_X_y=True)
-            cache.append((np.asarray(inputs, dtype=np.float64), np.asarray(target, dtype=np.int64)))
+            cache.append((np.asarray(inputs, dtype=np.float64), np.asarray(target, dtype=dtype)))
         return cache[0]
 
     return load
@@ -321,7 +531,7 @@ def _bundled(name: str) -> Callable[[], tuple[np.ndarray, np.ndarray]]:
 
 _digits = _bundled("digits")
 
-BUILT_IN: dict[str, ClassificationTask] = {
+BUILT_IN: dict[str, ClassificationTask | RegressionTask] = {
     task.name: task
     for task in (
         ClassificationTask("digits", _digits),
@@ -329,45 +539,34 @@ BUILT_IN: dict[str, ClassificationTask] = {
         ClassificationTask("digits_longtail", _digits, imbalance=50.0, batch_size=32, epochs=60),
         ClassificationTask("breast_cancer", _bundled("breast_cancer"), width=32, batch_size=32, epochs=40),
         ClassificationTask("wine", _bundled("wine"), width=32, batch_size=16, epochs=40),
+        RegressionTask("diabetes", _bundled("diabetes", np.float64), width=32, batch_size=32, epochs=40),
     )
 }
 
 
 def load_task(spec: str) -> Task:
-    """The task of a name, or of ``package.module:Task``: an object, or a class or function that returns one.
+    """The task that some words name: what the data are, then ``key=value`` words about them.
 
     Args:
-        spec: a built-in name or where to import the task from.
+        spec: words as in a shell. The first is a built-in name, a file (``.csv``, ``.tsv``, ``.parquet``,
+            ``.npz``), a folder of images (``class/name.png``), or ``package.module:Name``: a task, a class or
+            function that returns one, or a function that returns a scikit-learn bunch. The keys are those of
+            ``telos.trials.sources.TASK_KEYS``, for example ``target=`` and ``group=``.
 
     Returns:
         An object with the attributes of :class:`Task`.
 
     Raises:
-        telos.trials.UsageError: for an unknown name, or an object that is not a task.
+        telos.trials.UsageError: for an unknown name or key, an object that is not a task, or data from which
+            nothing can be learned.
 
     Example:
         >>> load_task("digits_noisy").noise
         0.4
+        >>> load_task("digits noise=0.2 model=linear").noise
+        0.2
     """
-    if ":" not in spec:
-        if spec in BUILT_IN:
-            return BUILT_IN[spec]
-        raise UsageError(
-            f"unknown task {spec!r}; {nearest(spec, BUILT_IN)}, and package.module:Task brings your own"
-        )
-    found: Any = import_symbol(spec, "task")
-    if isinstance(found, type) or (callable(found) and _lacks(found)):
-        try:
-            found = found()
-        except Exception as error:
-            raise UsageError(f"{spec} could not be built: {type(error).__name__}: {error}") from error
-    if missing := _lacks(found):
-        raise UsageError(f"{spec} is not a task: it lacks {', '.join(missing)}")
-    return cast(Task, found)
+    # files need more than tasks do: polars, scikit-learn and, for images, Pillow
+    from telos.trials import sources
 
-
-def _lacks(candidate: Any) -> list[str]:
-    # statically, because reading `info` may load the data
-    wanted = {name for name in vars(Task) if not name.startswith("_")} | set(Task.__annotations__)
-    absent = object()
-    return sorted(name for name in wanted if inspect.getattr_static(candidate, name, absent) is absent)
+    return sources.load(spec)

@@ -174,7 +174,7 @@ def test_tiles_change_nothing(
 
 @pytest.mark.parametrize(("function", "options"), FORMS)
 def test_tiles_of_a_large_batch(function: Any, options: dict[str, Any]) -> None:
-    """1,100 examples: more than one tile of 512 rows, with a remainder."""
+    """1,100 examples: more than one tile of 1,024 rows, with a remainder."""
     both_forms(function, views(1100, 3), "auto", **options)
 
 

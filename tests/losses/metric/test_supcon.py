@@ -125,7 +125,7 @@ def test_tiles_of_hardly_any_examples(n: int, reduction: Any) -> None:
 
 @pytest.mark.parametrize("per_class", [4, 300])
 def test_tiles_of_a_large_batch(per_class: int) -> None:
-    """1,100 examples: more than one tile of 512 rows, with a remainder."""
+    """1,100 examples: more than one tile of 1,024 rows, with a remainder."""
     order = torch.randperm(1100, generator=torch.Generator().manual_seed(1))
     both_forms(embeddings(1100, 3), order // per_class, "auto")
 

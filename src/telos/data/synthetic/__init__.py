@@ -2,5 +2,13 @@
 
 from telos.data.synthetic.algorithmic import ModularSums, modular_sums
 from telos.data.synthetic.label_noise import pairwise_label_noise, uniform_label_noise
+from telos.data.synthetic.scenes import SceneGraph, SceneGraphWorld
 
-__all__ = ["ModularSums", "modular_sums", "pairwise_label_noise", "uniform_label_noise"]
+__all__ = [
+    "ModularSums",
+    "SceneGraph",
+    "SceneGraphWorld",
+    "modular_sums",
+    "pairwise_label_noise",
+    "uniform_label_noise",
+]

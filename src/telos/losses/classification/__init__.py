@@ -15,6 +15,20 @@ from telos.losses.classification.cross_entropy import (
     cross_entropy_loss,
     label_smoothing_loss,
 )
+from telos.losses.classification.dco import (
+    DCOLoss,
+    SequenceDCOLoss,
+    coverage_from_logps,
+    dco_factor,
+    dco_loss,
+    dco_weighted_nll_loss,
+    group_dco_loss,
+    sequence_dco_loss,
+)
+from telos.losses.classification.density_normalized import (
+    DensityNormalizedCrossEntropyLoss,
+    density_normalized_cross_entropy_loss,
+)
 from telos.losses.classification.ens_loss import EnsLoss, calibrated_derivatives, ens_loss
 from telos.losses.classification.focal import FocalLoss, focal_loss
 from telos.losses.classification.ldr import (
@@ -67,6 +81,8 @@ __all__ = [
     "CorrectnessAwareLoss",
     "CrammerSingerLoss",
     "CrossEntropyLoss",
+    "DCOLoss",
+    "DensityNormalizedCrossEntropyLoss",
     "EnsLoss",
     "FocalLoss",
     "GCELoss",
@@ -75,6 +91,7 @@ __all__ = [
     "MAELoss",
     "NormalizedLogisticLoss",
     "SCELoss",
+    "SequenceDCOLoss",
     "SmoothAdversarialCompSumLoss",
     "SphericalMSELoss",
     "SphericalSoftmaxLoss",
@@ -90,11 +107,17 @@ __all__ = [
     "comp_sum_attack",
     "comp_sum_loss",
     "correctness_aware_loss",
+    "coverage_from_logps",
     "crammer_singer_loss",
     "cross_entropy_loss",
+    "dco_factor",
+    "dco_loss",
+    "dco_weighted_nll_loss",
+    "density_normalized_cross_entropy_loss",
     "ens_loss",
     "focal_loss",
     "gce_loss",
+    "group_dco_loss",
     "label_smoothing_loss",
     "ldr_kl_loss",
     "log_stablemax",
@@ -102,6 +125,7 @@ __all__ = [
     "normalized_logistic_loss",
     "rho_margin_comp_sum_loss",
     "sce_loss",
+    "sequence_dco_loss",
     "smooth_adversarial_comp_sum_loss",
     "spherical_mse_loss",
     "spherical_softmax_loss",

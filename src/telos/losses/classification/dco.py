@@ -78,9 +78,7 @@ def _check_n_samples(n_samples: float) -> None:
 
 
 def _values(logits: Tensor, target: Tensor, *, n_samples: float) -> Tensor:
-    return at_target(
-        torch.log_softmax(logits, -1), target, lambda logps: -_log_coverage(logps, n_samples)
-    )
+    return at_target(torch.log_softmax(logits, -1), target, lambda logps: -_log_coverage(logps, n_samples))
 
 
 def coverage_from_logps(logps: Float[Tensor, "*shape"], *, n_samples: float = 16.0) -> Tensor:

@@ -35,9 +35,7 @@ def _shares(
         # without a foreground edge the authors' code sums over the background, and beta has no part in it
         alone = total if empty == "sum" else torch.ones_like(total)
         background = torch.where(positive == 0, alone, background)
-    return torch.where(
-        foreground != 0, alpha * total / torch.where(positive == 0, 1.0, positive), background
-    )
+    return torch.where(foreground != 0, alpha * total / torch.where(positive == 0, 1.0, positive), background)
 
 
 def _check(mode: str, alpha: float, beta: float, gamma: float, empty_foreground: str) -> None:

@@ -46,9 +46,9 @@ def supcon_loss(
         gather_distributed: whether other ranks' examples are pairs too. The loss is then that of the whole
             batch.
         chunk_size: how many rows of similarities are held at a time, so that memory grows with N and not N^2.
-            ``"auto"`` is 512 for more than 1024 examples, and all rows for fewer and in compiled code. A
-            number always tiles (compiled callers break their graph there), ``None`` never. The tiled loss is
-            the same number but has no second derivative; transforms of ``torch.func`` hold all rows.
+            ``"auto"`` is 1024, and all rows in compiled code. A number always tiles (compiled callers break
+            their graph there), ``None`` never. The tiled loss is the same number but has no second
+            derivative; transforms of ``torch.func`` hold all rows.
         reduction: ``"mean"`` over the anchors that have a positive, ``"sum"``, or ``"none"`` (one value per
             anchor).
         denominator: what the mean divides by; see :func:`telos.losses.reduce`.
