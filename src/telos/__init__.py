@@ -15,6 +15,7 @@ _ROOMS = (
     "data",
     "evidence",
     "fit",
+    "integrations",
     "kernels",
     "lab",
     "losses",

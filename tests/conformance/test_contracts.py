@@ -30,6 +30,7 @@ EXEMPT = {
     "Mixture": "holds other losses; tests/losses/test_algebra.py",
     "LinearLoss": "another call, (x, weight, target), around every declared loss; test_fused.py",
     "linear_loss": "the function of LinearLoss",
+    "FastIBPLoss": "takes a model, not tensors; tests/losses/robust/test_ibp.py",
     "AdversarialLoss": "takes a model, not tensors; tests/losses/robust/test_attacks.py",
 }
 

@@ -422,6 +422,8 @@ def test_on_paper(browser: Browser, pages: dict[str, Path], name: str) -> None:
     closed = tab.run("document.querySelectorAll('details:not([open])').length")
     assert closed
     tab.media("print", dark=True)
+    # even where no script runs
+    assert max(tab.run("getComputedStyle(document.body).color.match(/\\d+/g).map(Number)")) < 80
     tab.run("dispatchEvent(new Event('beforeprint'))")
     tab.call("Emulation.setDeviceMetricsOverride", width=680, height=900, deviceScaleFactor=1, mobile=False)
     assert tab.run("getComputedStyle(document.body).backgroundColor") == "rgb(255, 255, 255)"

@@ -617,7 +617,7 @@ def test_a_suite_without_a_ranked_recipe() -> None:
 
 # ------------------------------------------------------------------------------------------------------ safety
 
-EVIL = "</script><script>alert(1)</script><img src=x onerror=alert(2)>\"'&amp;$title %{x} ${y}"
+EVIL = "<b></script><script>alert(1)</script><img src=x onerror=alert(2)>\"'&amp;$title %{x} ${y}"
 
 
 def evil(found: Comparison) -> Comparison:

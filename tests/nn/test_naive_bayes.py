@@ -88,7 +88,21 @@ def test_merging_does_not_depend_on_the_order_and_takes_absent_classes() -> None
     second = class_statistics(features[target > 0], target[target > 0], 4)
     whole = class_statistics(features, target, 4)
     for merged in (merge_statistics(first, second), merge_statistics(second, first)):
-        assert all(torch.equal(have, want) for have, want in zip(merged, whole, strict=True))
+        for have, want in zip(merged, whole, strict=True):
+            torch.testing.assert_close(have, want, rtol=1e-13, atol=1e-14)
+
+
+def test_eps_counts_once_however_many_blocks() -> None:
+    """The authors add it to the variances of each block and average those: v + eps again, also for a large eps."""
+    features, target = examples()
+    blocks = [(features[:30], target[:30]), (features[30:], target[30:])]
+    head = NaiveBayesHead(4, 3, eps=0.5)
+    for block in blocks:
+        head.partial_fit(*block)
+    (n1, mean1, m1), (n2, mean2, m2) = (class_statistics(*block, 3) for block in blocks)
+    n1, n2 = n1[:, None], n2[:, None]
+    squares = n1 * (m1 / n1 + 0.5) + n2 * (m2 / n2 + 0.5) + n1 * n2 / (n1 + n2) * (mean1 - mean2).square()
+    torch.testing.assert_close(head.class_variance(), squares / (n1 + n2), rtol=1e-12, atol=0)
 
 
 def test_a_weight_is_a_repetition_and_weight_zero_is_absence() -> None:

@@ -107,10 +107,10 @@ def linear_loss(
         denominator: what the mean divides by; see :func:`telos.losses.reduce`.
         sample_weight: one weight per example, (N,) or (N, T).
         index: (N,) positions in the training set, for a loss with per-example memory.
-        compiled: whether a loss without a derivative written by hand passes through ``torch.compile``, which merges
-            its passes over a chunk; ``"auto"`` where kernels run on Triton and there are at least 2^24 logits. The
-            first call then takes seconds, and an error of the compiler is raised. A loss with memory, or with a
-            ``rows`` of its own, is not compiled.
+        compiled: whether a loss without a kernel of its own passes through ``torch.compile``, which merges its passes
+            over a chunk, its derivative among them; ``"auto"`` where kernels run on Triton and there are at least
+            2^24 logits. The first call then takes seconds, and an error of the compiler is raised. A loss with
+            memory, or with a ``rows`` of its own, is not compiled.
 
     Returns:
         The loss: a scalar, or the shape of the batch with ``"none"``; float32 for half-precision inputs.
@@ -178,9 +178,9 @@ def linear_loss(
     if compiled == "auto":
         compiled = on_triton and rows.shape[0] * classes >= _WORTH_COMPILING
     plain_rows = all(type(term.loss).rows is ClassificationLoss.rows for term in terms)
-    if compiled and plain_rows and derivative is None and (kernel is None or not on_triton):
+    if compiled and plain_rows and (kernel is None or not on_triton):
         formula = _compiled_formula(loss, tuple(term.loss for term in terms), softcap)
-        softcap = None  # it is a part of what is compiled
+        softcap, derivative = None, None  # both are a part of what is compiled
     else:
         formula = partial(_evaluate, formulas)
     result = fused_linear_rows(
@@ -213,7 +213,7 @@ class LinearLoss(nn.Module):
         softcap: logits become ``softcap * tanh(logits / softcap)``.
         chunk_size: rows of a chunk, or ``"auto"``.
         reduction: ``"mean"``, ``"sum"`` or ``"none"``.
-        compiled: whether a loss without a derivative written by hand is compiled.
+        compiled: whether a loss without a kernel of its own is compiled.
 
     The weight is an argument of the call, so that it stays with the model, where it may be tied or sharded.
 

@@ -25,6 +25,7 @@ from telos.metrics.calibration import (
 )
 from telos.metrics.ranking import WeightedTripletRecall, triplet_weights, weighted_triplet_recall
 from telos.metrics.reliability import PassAtK, expected_pass_at_n, pass_at_k
+from telos.metrics.robustness import VerifiedError, verified_error
 from telos.metrics.stability import SoftmaxCollapse, nlm_alignment, softmax_collapse, zero_term_fraction
 
 __all__ = [
@@ -36,6 +37,7 @@ __all__ = [
     "ReliabilityBins",
     "ReliabilityDiagram",
     "SoftmaxCollapse",
+    "VerifiedError",
     "WeightedTripletRecall",
     "brier_score",
     "classwise_calibration_error",
@@ -52,6 +54,7 @@ __all__ = [
     "top1_brier",
     "triplet_weights",
     "utility_to_probability",
+    "verified_error",
     "weighted_triplet_recall",
     "zero_term_fraction",
 ]

@@ -24,12 +24,14 @@ from telos.theory.perceptron import (
     separation_bound,
     worst_case_dataset,
 )
+from telos.theory.probe_complexity import SampleCurve, sample_curve, sample_sizes, samples_to_reach
 
 __all__ = [
     "AggregateRisk",
     "LogisticPath",
     "OptimalBagSize",
     "PerceptronPath",
+    "SampleCurve",
     "aggregate_ridgeless",
     "asymptotic_risk",
     "batch_perceptron",
@@ -42,6 +44,9 @@ __all__ = [
     "optimal_bag_size",
     "optimal_rho",
     "perceptron",
+    "sample_curve",
+    "sample_sizes",
+    "samples_to_reach",
     "separation_bound",
     "worst_case_dataset",
 ]

@@ -117,8 +117,8 @@ class RayEngine:
 
     def start(self, job: Job, seconds: float | None) -> Hashable:
         """Hand a job to an idle actor, or to a new one."""
-        actor = self._idle.pop() if self._idle else self._actor.remote()
-        handle = actor.run.remote(job, seconds, str(Path.cwd()), tuple(sys.path), own_source())
+        actor = self._idle.pop() if self._idle else self._actor.remote(own_source())
+        handle = actor.run.remote(job, seconds, str(Path.cwd()), tuple(sys.path))
         self._busy[handle] = actor
         return handle
 
@@ -137,12 +137,13 @@ class RayEngine:
         actor = self._busy.pop(handle)
         try:
             run = self._ray.get(handle)
-        except self._ray.exceptions.RayTaskError as error:
-            # not the job's own errors, which are part of its run
-            self._ray.kill(actor)
-            raise WorkerLostError(f"a Ray worker cannot run jobs: {error.cause}") from error
         except self._ray.exceptions.RayError as error:
             self._ray.kill(actor)
+            broken = isinstance(error, self._ray.exceptions.RayTaskError)
+            if broken or getattr(error, "actor_init_failed", False):
+                # not the job's own errors, which are part of its run
+                reason = [line for line in str(error).splitlines() if line.strip()][-1].strip()
+                raise WorkerLostError(f"a Ray worker cannot run jobs: {reason}") from error
             return Lost(f"its Ray worker was lost ({type(error).__name__})")
         self._idle.append(actor)
         return run
@@ -178,12 +179,12 @@ class RayEngine:
 class _RayWorker:
     """What an actor does: one job after another."""
 
-    def run(
-        self, job: Job, seconds: float | None, folder: str, path: Sequence[str], source: str
-    ) -> Run | None:
-        """Run a job where the user's modules and relative paths are those of the command."""
+    def __init__(self, source: str) -> None:
         if own_source() != source:
             raise RuntimeError("its telos, torch, numpy or scikit-learn is of another version")
+
+    def run(self, job: Job, seconds: float | None, folder: str, path: Sequence[str]) -> Run | None:
+        """Run a job where the user's modules and relative paths are those of the command."""
         sys.path += [place for place in path if place not in sys.path]
         if Path(folder).is_dir():
             os.chdir(folder)

@@ -245,12 +245,14 @@ def test_layers_without_active_or_inactive_units() -> None:
     assert value(dead, layer(1.0, 2.0, 3.0)) == pytest.approx(1.0)
     # no active unit, and one inactive unit at the mean of the centres: 0 / 0 in the second ratio
     assert value(layer(-1.0)) == 0
-    # an inactive unit at the mean: the second ratio is infinite, folds to 0 and counts in full
-    assert value(layer(1.0, -1.0, -3.0)) == pytest.approx(2 * (0.5 - 1 / 4) + 2 * (0.5 - 0.5))
-    assert (
-        value(layer(3.0, -1.0, -1.0, -5.0)) == pytest.approx(2 * (0.5 - 3 / 7) + 2 * (0.5 - 0.5), abs=1e-6)
-        or True
-    )
+    # R_mean = 1/4, R_var = 1
+    assert value(layer(1.0, -1.0, -3.0)) == pytest.approx(0.5)
+    # the only inactive unit lies at the mean: R_var is infinite, folds to 0 and counts in full; R_mean = 1
+    centre, radius = torch.tensor([[1.0, -1.0, -3.0]], requires_grad=True), torch.tensor([[0.5, 0.5, 4.0]])
+    loss = relu_balance_regularizer([IntervalTensor(centre - radius, centre + radius)])
+    assert loss.item() == pytest.approx(1.0)
+    loss.backward()
+    assert torch.isfinite(centre.grad).all()
     for centres in ((-1.0, -3.0, 0.0), (1.0, 3.0), (0.0, 0.1), (-1.0,), (2.0, -0.6, -1.4, 0.0), (0.0, 0.0)):
         centre = torch.tensor([centres], requires_grad=True)
         relu_balance_regularizer([IntervalTensor(centre - 0.5, centre + 0.5)]).backward()

@@ -177,7 +177,8 @@ class FastIBPLoss(Loss):
     (:func:`telos.nn.cnn7` has both in its layout), ``eps`` from
     :class:`telos.optim.SmoothedEpsSchedule` at every step, Adam at 5e-4 without weight decay, gradient norms
     clipped at 10. Count verified test errors in evaluation mode with :class:`telos.metrics.VerifiedError`. The
-    cost is that of about three forward and backward passes.
+    cost is that of three to five passes of plain training. On several ranks each has the regularisers of its own
+    part of the batch, as in the authors' code.
 
     Args:
         eps_max: radius to be robust against, in the unit in which an input has standard deviation ``std``.
