@@ -1,4 +1,4 @@
-"""linear_loss with ``compiled=True``: formulas without a derivative written by hand pass through the compiler."""
+"""linear_loss with ``compiled=True``: what has no kernel of its own passes through the compiler."""
 
 import gc
 import weakref
@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from telos.losses import (
+    ALDRKLLoss,
     CrossEntropyLoss,
     FocalLoss,
     LabelSmoothingLoss,
@@ -122,11 +123,11 @@ def test_a_loss_that_is_gone_leaves_nothing(quick) -> None:
 
 
 def test_what_is_not_compiled(quick) -> None:
-    """Derivatives written by hand, and rows of the user's own; and on a CPU nothing unless it is asked for."""
+    """Rows of the user's own, memories, and on a CPU nothing unless it is asked for."""
     x, weight, bias, target = problem()
     for loss, compiled in (
-        (CrossEntropyLoss(), True),
         (Doubled(), True),
+        (ALDRKLLoss(20), True),
         (FocalLoss(), "auto"),
         (FocalLoss(), False),
     ):
