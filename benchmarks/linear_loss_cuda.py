@@ -50,7 +50,7 @@ OTHERS: dict[str, nn.Module] = {
     "focal": FocalLoss(),
     "sce": SCELoss(),
     "z_loss": ZLoss(),
-    "ldr_kl": LDRKLLoss(),  # no kernel of its own: compiled
+    "ldr_kl": LDRKLLoss(),  # no kernel of its own: compiled, like the mixture
     "cross_entropy + 0.1 focal": CrossEntropyLoss() + 0.1 * FocalLoss(),
 }
 SPREAD = {"flat": 1.0, "peaked": 4.0}

@@ -267,14 +267,15 @@ def test_an_estimate_counts_what_the_store_has(tmp_path: Path) -> None:
     assert (cost.runs, cost.stored) == (2 * (3 * 2 + 3), 0)
     # the slow recipe sleeps 0.04 s a run, and both recipes have as many runs
     assert cost.seconds_per_run >= 0.02
-    assert cost.seconds == pytest.approx(cost.runs * cost.seconds_per_run)
+    assert cost.splitting > 0
+    assert cost.seconds == pytest.approx(cost.runs * cost.seconds_per_run + cost.splitting)
     store = Store(tmp_path / "s.sqlite")
     execute(make_plan(BLOBS, f"cross_entropy,{slow}", seeds=2, trials=1), store)
     begun = estimate_seconds(plan, store, processes=2)
     assert begun.stored == 4
     # which trial will be chosen is not known yet, so the two runs of the untuned one may not help
     assert begun.runs == cost.runs
-    assert begun.seconds == pytest.approx(begun.runs * begun.seconds_per_run / 2)
+    assert begun.seconds == pytest.approx(begun.runs * begun.seconds_per_run / 2 + begun.splitting)
     done = execute(plan, store)
     assert done.complete
     after = estimate_seconds(plan, store)

@@ -25,6 +25,7 @@ from telos.trials.loading import Folds, fold_of, task_of
 from telos.trials.runner import Lost, OutOfTimeError, code_hash, dispatch, versions
 from telos.trials.store import REFERENCE
 from tests.trials import misbehaving
+from tests.trials.examples import BLOBS as BLOBS_TASK
 from tests.trials.misbehaving import cannot_start
 
 BLOBS = "tests.trials.examples:BLOBS"
@@ -100,6 +101,12 @@ def test_an_exception_is_a_result() -> None:
     run = run_job(job("tests.trials.examples:Raising"))
     assert run.status == "failed"
     assert run.reason == "RuntimeError: <b>this loss</b> never works"
+
+
+def test_metrics_that_a_task_does_not_give_are_its_failure(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(BLOBS_TASK, "metrics", {**BLOBS_TASK.metrics, "luck": "max"})
+    run = run_job(job())
+    assert (run.status, run.reason) == ("failed", "ValueError: the task's evaluate gave no luck")
 
 
 def test_the_sample_index_covers_the_training_split() -> None:

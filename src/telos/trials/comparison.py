@@ -39,7 +39,7 @@ import numpy as np
 
 from telos.trials._words import UsageError
 from telos.trials.engines import Engine, open_engine
-from telos.trials.loading import task_of
+from telos.trials.loading import fold_of, task_of
 from telos.trials.plan import (
     FIRST_TUNING_SEED,
     Plan,
@@ -590,12 +590,14 @@ class Cost:
             some.
         stored: how many of its runs the store holds.
         seconds_per_run: mean over the runs to do.
-        seconds: for all of them, and no more than ``max_time``.
+        splitting: seconds for making the splits of all seeds.
+        seconds: for all of them and for splitting the data, and no more than ``max_time``.
     """
 
     runs: int
     stored: int
     seconds_per_run: float
+    splitting: float
     seconds: float
 
 
@@ -635,8 +637,15 @@ def estimate_seconds(
     probes = tuning_jobs(replace(plan, trials=2, tuning_seeds=1))[: len(plan.runnable)]
     if plan.reference:
         probes.append(reference_job(plan, FIRST_TUNING_SEED))
+    splitting = 0.0
+    if any(missing.values()):
+        task_of(plan.task, plan.data)
+        begin = time.perf_counter()
+        fold_of(plan.task, plan.data, FIRST_TUNING_SEED)
+        # every process makes the splits for itself
+        splitting = (time.perf_counter() - begin) * (len(plan.tuning) + plan.seeds)
     if any(missing.get(job.recipe) and job.recipe not in timed for job in probes):
-        run_job(replace(probes[0], epochs=1))  # untimed: it pays for start-up and for loading the data
+        run_job(replace(probes[0], epochs=1))  # untimed: it pays for start-up
     for job in probes:
         if missing.get(job.recipe) and job.recipe not in timed:
             if timed and time.monotonic() - start > patience:
@@ -647,10 +656,10 @@ def estimate_seconds(
     usual = float(np.mean(list(means.values()))) if means else 0.0
     runs = sum(missing.values())
     work = sum(count * means.get(recipe, usual) for recipe, count in missing.items())
-    seconds = work / max(1, min(processes, runs))
+    seconds = work / max(1, min(processes, runs)) + splitting
     if plan.max_time is not None:
         seconds = min(seconds, plan.max_time)
-    return Cost(runs, len(stored), work / runs if runs else 0.0, seconds)
+    return Cost(runs, len(stored), work / runs if runs else 0.0, splitting, seconds)
 
 
 def _by_place(plan: Plan, store: Store) -> dict[Place, Run]:

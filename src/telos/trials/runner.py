@@ -8,6 +8,7 @@ import json
 import math
 import multiprocessing
 import multiprocessing.connection
+import multiprocessing.forkserver
 import os
 import platform
 import signal
@@ -182,7 +183,10 @@ def _train(job: Job, until: float) -> tuple[dict[str, float], list[dict[str, flo
 
     def measured(split: str, history: list[dict[str, float]]) -> dict[str, float]:
         watch()
-        return _measured(split, task.evaluate(model, loss, getattr(fold, split)), history)
+        found = task.evaluate(model, loss, getattr(fold, split))
+        if lacking := sorted(task.metrics.keys() - found.keys()):
+            raise ValueError(f"the task's evaluate gave no {', '.join(lacking)}")
+        return _measured(split, found, history)
 
     seen: list[dict[str, float]] = []
 
@@ -347,6 +351,9 @@ class Workers:
         self._workers: list[_Worker] = []
 
     def __enter__(self) -> Self:
+        if self.processes and sys.platform == "linux":
+            _context()
+            multiprocessing.forkserver.ensure_running()  # it imports while this process goes on
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -361,7 +368,8 @@ class Workers:
     def run(self, jobs: Iterable[Job | None], deadline: float | None = None) -> Iterator[Run]:
         """The runs, as they end; see :func:`dispatch`.
 
-        Without processes of its own, a run is ended at the deadline between two of its steps.
+        Without processes of its own, a run is ended at the deadline between two of its steps; loading data and
+        a reference go on to their end.
 
         Raises:
             WorkerLostError: when processes cannot start.
@@ -383,9 +391,12 @@ class Workers:
                 worker.busy = True
                 return worker
         context = _context()
-        here, there = context.Pipe()
-        process = context.Process(target=_work, args=(there,), daemon=True)
-        process.start()
+        try:
+            here, there = context.Pipe()
+            process = context.Process(target=_work, args=(there,))
+            process.start()
+        except OSError as error:
+            raise WorkerLostError(f"a worker did not start: {error.strerror or error}") from error
         there.close()
         worker = _Worker(process, here)
         self._workers.append(worker)

@@ -490,6 +490,8 @@ def _own_transactions(engine: sql.Engine) -> None:
     @sql.event.listens_for(engine, "connect")
     def connect(connection: Any, record: object) -> None:
         connection.isolation_level = None
+        # a file from elsewhere may bring functions in its schema: they are not to be trusted
+        connection.execute("PRAGMA trusted_schema = OFF")
 
     @sql.event.listens_for(engine, "begin")
     def begin(connection: sql.Connection) -> None:
