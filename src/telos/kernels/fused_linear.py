@@ -26,6 +26,8 @@ R = TypeVar("R")
 
 # logits of one chunk: few enough to stay far below N x C, enough to keep a matrix product busy
 _FEWEST_LOGITS, _MOST_LOGITS = 2**20, 2**23
+# every chunk reads the whole weight: enough rows that this costs less than the products
+_FEWEST_ROWS = 128
 # on CUDA a chunk must occupy the whole device: up to 256 MiB of float32 logits
 _FEWEST_CUDA_LOGITS, _MOST_CUDA_LOGITS = 2**24, 2**26
 # and their gradient in half precision, of several chunks, up to 512 MiB
@@ -38,6 +40,8 @@ _UNSPLIT = 2**24
 def auto_chunk_size(num_rows: int, num_classes: int, device: str = "cpu") -> int:
     """Rows of a chunk: a sixteenth of all, within 2^20 to 2^23 logits; on CUDA an eighth, within 2^24 to 2^26.
 
+    But at least 128 rows within those, and 32 in any case.
+
     Example:
         >>> auto_chunk_size(4096, 50257), auto_chunk_size(4096, 10)
         (160, 4096)
@@ -48,7 +52,8 @@ def auto_chunk_size(num_rows: int, num_classes: int, device: str = "cpu") -> int
     if device == "cuda":
         parts, fewest, most, multiple = 8, _FEWEST_CUDA_LOGITS, _MOST_CUDA_LOGITS, 128
     classes = max(num_classes, 1)
-    rows = min(max(-(-num_rows // parts), fewest // classes), most // classes)
+    rows = min(max(-(-num_rows // parts), fewest // classes, _FEWEST_ROWS), most // classes)
+    rows = max(rows, _FEWEST_ROWS // 4)
     rows = rows // multiple * multiple if rows >= 2 * multiple else rows
     return max(1, min(rows, num_rows))
 

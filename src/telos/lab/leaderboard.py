@@ -181,12 +181,15 @@ def conclusion(comparison: Comparison) -> str:
     counts[f"without a difference that {_seeds(comparison.seeds_counted)} can show"] = len(verdicts) - sum(
         counts.values()
     )
-    alone = len(verdicts) == 1
-    parts = [words if alone else f"{count} {words}" for words, count in counts.items() if count]
-    listed = parts[0] if len(parts) == 1 else f"{', '.join(parts[:-1])} and {parts[-1]}"
-    others = (
-        f"{next(iter(differences))} came out" if alone else f"the {len(verdicts)} other recipes came out as"
-    )
+    seen = {words: count for words, count in counts.items() if count}
+    if len(verdicts) == 1:
+        others, listed = f"{next(iter(differences))} came out", next(iter(seen))
+    elif len(seen) == 1:
+        others, listed = f"all {len(verdicts)} other recipes came out", next(iter(seen))
+    else:
+        parts = [f"{count} {words}" for words, count in seen.items()]
+        others = f"the {len(verdicts)} other recipes came out as"
+        listed = f"{', '.join(parts[:-1])} and {parts[-1]}"
     second = f" Tested against {base}, {others} {listed}"
     scope = "this holds for this task, model and tuning budget"
     if not plan.resplits:

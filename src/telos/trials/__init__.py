@@ -15,6 +15,7 @@ from telos.trials.comparison import (
     make_plan,
 )
 from telos.trials.data_tasks import DataTask
+from telos.trials.engines import open_engine
 from telos.trials.models import DataInfo
 from telos.trials.recipes import Recipe, loss_names, parse_recipes
 from telos.trials.runner import Job, WorkerLostError, Workers, run_job
@@ -38,7 +39,7 @@ from telos.trials.search import best_trial, configuration, search_space
 from telos.trials.small_workloads import baseline_algorithms, digits_workloads, small_workloads, warmup_cosine
 from telos.trials.sources import TASK_KEYS, data_files, fingerprint, task_title
 from telos.trials.statistics import Estimate, holm, resampled_interval, verdict
-from telos.trials.store import Run, Store, StoreError
+from telos.trials.store import Budget, Run, Store, StoredPlan, StoreError
 from telos.trials.suite import Suite, critical_difference, friedman_test
 from telos.trials.tasks import (
     BUILT_IN,
@@ -76,6 +77,7 @@ __all__ = [
     "SELF_TUNING",
     "TASK_KEYS",
     "Batches",
+    "Budget",
     "ClassificationTask",
     "Comparison",
     "Cost",
@@ -98,6 +100,7 @@ __all__ = [
     "SearchSpace",
     "Store",
     "StoreError",
+    "StoredPlan",
     "StudyTimes",
     "Suite",
     "Task",
@@ -127,6 +130,7 @@ __all__ = [
     "load_task",
     "loss_names",
     "make_plan",
+    "open_engine",
     "pairwise_speedups",
     "parse_recipes",
     "performance_profile",
