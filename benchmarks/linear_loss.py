@@ -277,18 +277,30 @@ def main() -> None:
     full = Problem(256, 128, 8192) if quick else Problem(options.rows, options.dim, options.classes)
     small = Problem(*((128, 64, 1024) if quick else (512, 256, 8192)))
 
-    cases = []
+    cases: list[dict[str, Any]] = []
+    path = destination(__file__, options)
 
     def record(case: dict[str, Any]) -> None:
+        """Print a case and write all cases so far: an interrupted run keeps what it has measured."""
         cases.append(case)
-        print(case["case"])
+        print(case["case"], flush=True)
         for name, value in case["ratios"].items():
-            print(f"  {name:72s} {shown(value)}")
+            print(f"  {name:72s} {shown(value)}", flush=True)
+        content = {
+            "what": "a row-wise loss with its output layer, forward and backward, float32, CPU",
+            "command": "python -m benchmarks.linear_loss",
+            "machine": about,
+            "rates": rates,
+            "goals": [] if quick or len(cases) < 3 else goals_of(*cases[:3]),
+            "cases": cases,
+        }
+        write(path, content)
 
     record(cross_entropy(full, rounds, rates))
     peers = {name: values for name, values in cases[0]["seconds"].items() if not name.startswith("telos")}
     reference = min(peers, key=lambda name: spread(peers[name])["median"])
     record(every_loss(full, min(rounds, 3), rates, reference))
+    record(memory(Problem(MEMORY_ROWS, DIM, CLASSES, device="meta")))
     record(own_eager(small, rounds))
     grown = []
     for classes in GROWING[:2] if quick else GROWING:
@@ -296,20 +308,6 @@ def main() -> None:
         record(grown[-1])
     for case in log_probabilities(full, min(rounds, 3), rates):
         record(case)
-    record(memory(Problem(MEMORY_ROWS, DIM, CLASSES, device="meta")))
-
-    path = destination(__file__, options)
-    write(
-        path,
-        {
-            "what": "a row-wise loss with its output layer, forward and backward, float32, CPU",
-            "command": "python -m benchmarks.linear_loss",
-            "machine": about,
-            "rates": rates,
-            "goals": [] if quick else goals_of(cases[0], cases[1], cases[-1]),
-            "cases": cases,
-        },
-    )
     title = f"Cross-entropy with its output layer, N = {full.rows // 2:,}, D = {full.dim}"
     for quantity, label in (("seconds", "seconds"), ("memory_MiB", "MiB beyond inputs and gradients")):
         picture = path.with_name(f"{path.stem}_{quantity.partition('_')[0]}.svg")
