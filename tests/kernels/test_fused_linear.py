@@ -169,7 +169,8 @@ def test_auto_chunks_stay_within_their_bounds() -> None:
         for classes in (2, 1000, 50257, 128256, 10**7):
             size = auto_chunk_size(rows, classes)
             assert 1 <= size <= rows
-            assert size == 1 or size * classes <= 2**23
+            # 32 rows of logits are smaller than the weight of any layer with more than 32 inputs
+            assert size <= 32 or size * classes <= 2**23
     assert auto_chunk_size(0, 5) == 1
 
 

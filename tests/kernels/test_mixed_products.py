@@ -166,6 +166,7 @@ def test_parameters_of_the_formula_in_float16() -> None:
 def test_chunks_of_logits_and_of_gradients(monkeypatch) -> None:
     monkeypatch.setattr(fused_linear, "_FEWEST_CUDA_LOGITS", 4 * CLASSES)
     monkeypatch.setattr(fused_linear, "_MOST_CUDA_LOGITS", 4 * CLASSES)
+    monkeypatch.setattr(fused_linear, "_FEWEST_ROWS", 1)
     monkeypatch.setattr(fused_linear, "_MOST_CUDA_GRADIENTS", 9 * CLASSES)
     x, weight, bias, target = problem()
     seen: list[int] = []
@@ -201,7 +202,7 @@ def test_chunk_sizes_on_cuda() -> None:
     assert auto_chunk_size(8192, 50257, "cuda") == 1024
     assert auto_chunk_size(10**6, 50257, "cuda") == 1280
     assert auto_chunk_size(8192, 10, "cuda") == 8192
-    assert auto_chunk_size(8192, 2**27, "cuda") == 1
+    assert auto_chunk_size(8192, 2**27, "cuda") == 32
 
 
 def test_rows_of_matrices_are_aligned() -> None:

@@ -167,3 +167,8 @@ def test_times_to_what_the_baseline_ends_with(comparison) -> None:
     assert set(suite.profiles()["name"]) == set(suite.labels)
     with pytest.raises(ValueError, match="unit"):
         suite.times("minutes")
+    bare = tuple(
+        replace(entry, evaluation=tuple(replace(run, curve=[]) for run in entry.evaluation))
+        for entry in entries
+    )
+    assert np.isinf(Suite((replace(comparison, entries=bare),)).times()).all()

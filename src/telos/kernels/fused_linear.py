@@ -40,7 +40,8 @@ _UNSPLIT = 2**24
 def auto_chunk_size(num_rows: int, num_classes: int, device: str = "cpu") -> int:
     """Rows of a chunk: a sixteenth of all, within 2^20 to 2^23 logits; on CUDA an eighth, within 2^24 to 2^26.
 
-    But at least 128 rows within those, and 32 in any case.
+    But at least 128 rows within those, and 32 in any case: every chunk reads the whole weight, which is larger than
+    32 rows of logits.
 
     Example:
         >>> auto_chunk_size(4096, 50257), auto_chunk_size(4096, 10)

@@ -103,9 +103,7 @@ def export_run(run: Run, folder: Path) -> dict[str, Any]:
         )
     (recipe,) = parse_recipes(run.loss, run.optim)
     what = f"{run.task}, loss={run.loss} optim={run.optim}, seed {run.seed}"
-    script = SCRIPT.format(
-        what=what.replace("\\", " ").replace('"""', "'''"), task=run.task, seed=run.seed, epochs=run.epochs
-    )
+    script = SCRIPT.format(what=_quotable(what), task=run.task, seed=run.seed, epochs=run.epochs)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "recipe.py").write_text(recipe_code(recipe, run.hyperparameters), encoding="utf-8")
@@ -189,9 +187,7 @@ def recipe_code(recipe: Recipe, chosen: dict[str, Any]) -> str:
     optimizer = _optimizer_code(recipe, chosen, named)
     lines = [f"from {module} import {', '.join(sorted(names))}" for module, names in sorted(imports.items())]
     return (
-        f'"""The loss and the optimizer of a run: {recipe.loss!r} with {recipe.optim!r}."""\n\n'.replace(
-            "\\", " "
-        )
+        f'"""The loss and the optimizer of a run: {_quotable(recipe.loss)} with {_quotable(recipe.optim)}."""\n\n'
         + "\n".join(lines)
         + f"\n\n\ndef build_loss(info):\n    return {loss}\n\n\n"
         + f"def build_optimizer(parameters):\n{optimizer}"
@@ -214,7 +210,18 @@ def _optimizer_code(recipe: Recipe, chosen: dict[str, Any], named: Any) -> str:
     return f"    optimizer = {named(kind)}(parameters, {arguments})\n    return optimizer, optimizer\n"
 
 
+def _quotable(text: str) -> str:
+    """A text that cannot end the docstring it stands in."""
+    return "".join(letter if letter.isprintable() and letter not in '\\"' else " " for letter in text)
+
+
 def _arguments(values: dict[str, Any]) -> str:
+    for key in values:
+        # a class that takes any keyword lets any text through the parser; here it would become code
+        if not key.isidentifier():
+            raise UsageError(
+                f"the hyper-parameter {key!r} is no name, so the run cannot be written as Python"
+            )
     return ", ".join(f"{key}={_literal(value)}" for key, value in values.items())
 
 

@@ -192,7 +192,9 @@ class Suite:
         for column, comparison in enumerate(self.comparisons):
             plan = comparison.plan
             name = f"validation_{plan.metric}"
-            target = float(np.median([run.curve[-1][name] for run in comparison.baseline.finished]))
+            # a store from elsewhere may hold runs without a curve: they reach nothing
+            ends = [run.curve[-1][name] for run in comparison.baseline.finished if run.curve]
+            target = float(np.median(ends)) if ends else math.inf * (1 if plan.direction == "max" else -1)
             mode = "max" if plan.direction == "max" else "min"
             for row, label in enumerate(self.labels):
                 found[row, column] = np.median(

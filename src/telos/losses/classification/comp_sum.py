@@ -19,6 +19,7 @@ from telos.losses._reduction import (
     safe_sqrt,
 )
 from telos.losses._space import log_uniform, uniform
+from telos.losses.classification._adversarial import AdversarialRowsLoss
 from telos.losses.robust.attacks import evaluation_mode, pgd_attack
 
 
@@ -214,7 +215,7 @@ def smooth_adversarial_comp_sum_loss(
     return reduce(values, weights, reduction, denominator)
 
 
-class SmoothAdversarialCompSumLoss(ClassificationLoss):
+class SmoothAdversarialCompSumLoss(AdversarialRowsLoss):
     """Smooth adversarial comp-sum loss; see :func:`smooth_adversarial_comp_sum_loss`.
 
     Example:
@@ -224,7 +225,6 @@ class SmoothAdversarialCompSumLoss(ClassificationLoss):
         tensor(1.3133)
     """
 
-    needs = frozenset({"adversarial_logits"})
     space = {"tau": uniform(0.0, 1.0), "rho": log_uniform(0.1, 10.0), "nu": log_uniform(0.1, 10.0)}
 
     def __init__(
@@ -241,39 +241,10 @@ class SmoothAdversarialCompSumLoss(ClassificationLoss):
         _check_margin(tau, rho, nu)
         self.tau, self.rho, self.nu = tau, rho, nu
 
-    def rows(  # type: ignore[override]
-        self,
-        logits: Tensor,
-        target: Tensor,
-        *,
-        adversarial_logits: Tensor,
-        sample_weight: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor]:
-        """One value and one weight per example, each of the shape of the batch."""
-        return classification_rows(
-            partial(_smooth_adversarial_values, tau=self.tau, rho=self.rho, nu=self.nu),
-            logits,
-            target,
-            class_weight=self.class_weight,
-            sample_weight=sample_weight,
-            ignore_index=self.ignore_index,
-            companions={"adversarial_logits": adversarial_logits},
+    def _formula(self, logits: Tensor, target: Tensor, adversarial_logits: Tensor) -> Tensor:
+        return _smooth_adversarial_values(
+            logits, target, adversarial_logits, tau=self.tau, rho=self.rho, nu=self.nu
         )
-
-    def forward(  # type: ignore[override]
-        self,
-        logits: Tensor,
-        target: Tensor,
-        *,
-        adversarial_logits: Tensor,
-        sample_weight: Tensor | None = None,
-        denominator: Denominator = None,
-    ) -> Tensor:
-        """The reduced loss; see :func:`telos.losses.reduce` for ``denominator``."""
-        values, weights = self.rows(
-            logits, target, adversarial_logits=adversarial_logits, sample_weight=sample_weight
-        )
-        return reduce(values, weights, self.reduction, denominator)
 
 
 def rho_margin_comp_sum_loss(

@@ -6,7 +6,6 @@ import torch
 from jaxtyping import Float, Integer
 from torch import Tensor
 
-from telos.losses._algebra import ClassificationLoss
 from telos.losses._checks import check_range
 from telos.losses._reduction import (
     Denominator,
@@ -17,6 +16,7 @@ from telos.losses._reduction import (
     reduce,
 )
 from telos.losses._space import log_uniform
+from telos.losses.classification._adversarial import AdversarialRowsLoss
 from telos.losses.robust.attacks import evaluation_mode, pgd_attack
 
 
@@ -206,50 +206,7 @@ def trades_attack(
         )
 
 
-class _AdversarialRows(ClassificationLoss):
-    """A row-wise loss that sees the logits of a perturbed input beside those of the clean one."""
-
-    needs = frozenset({"adversarial_logits"})
-
-    def _formula(self, logits: Tensor, target: Tensor, adversarial_logits: Tensor) -> Tensor:
-        raise NotImplementedError
-
-    def rows(  # type: ignore[override]
-        self,
-        logits: Tensor,
-        target: Tensor,
-        *,
-        adversarial_logits: Tensor,
-        sample_weight: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor]:
-        """One value and one weight per example, each of the shape of the batch."""
-        return classification_rows(
-            self._formula,
-            logits,
-            target,
-            class_weight=self.class_weight,
-            sample_weight=sample_weight,
-            ignore_index=self.ignore_index,
-            companions={"adversarial_logits": adversarial_logits},
-        )
-
-    def forward(  # type: ignore[override]
-        self,
-        logits: Tensor,
-        target: Tensor,
-        *,
-        adversarial_logits: Tensor,
-        sample_weight: Tensor | None = None,
-        denominator: Denominator = None,
-    ) -> Tensor:
-        """The reduced loss; see :func:`telos.losses.reduce` for ``denominator``."""
-        values, weights = self.rows(
-            logits, target, adversarial_logits=adversarial_logits, sample_weight=sample_weight
-        )
-        return reduce(values, weights, self.reduction, denominator)
-
-
-class TRADESLoss(_AdversarialRows):
+class TRADESLoss(AdversarialRowsLoss):
     """TRADES; see :func:`trades_loss`.
 
     Example:
@@ -278,7 +235,7 @@ class TRADESLoss(_AdversarialRows):
         return _trades_values(logits, target, adversarial_logits, beta=self.beta)
 
 
-class AdversarialCrossEntropyLoss(_AdversarialRows):
+class AdversarialCrossEntropyLoss(AdversarialRowsLoss):
     """Adversarial (PGD) training; see :func:`adversarial_cross_entropy_loss`.
 
     Example:
