@@ -7,6 +7,7 @@ from sphinx.application import Sphinx
 
 sys.path.insert(0, str(Path(__file__).parent))
 
+import comparisons
 import pages
 
 import telos
@@ -20,7 +21,7 @@ copyright = author
 smartquotes = False
 
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.viewcode"]
-exclude_patterns = ["_build", "reference/*.inc"]
+exclude_patterns = ["_build", "reference/*.inc", "reference/gallery"]
 myst_enable_extensions = ["colon_fence", "deflist"]
 myst_heading_anchors = 3
 
@@ -42,5 +43,16 @@ html_theme_options = {"show_toc_level": 2, "navigation_with_keys": False}
 
 
 def setup(app: Sphinx) -> None:
-    """Writes ``reference/`` before Sphinx looks for its sources."""
-    app.connect("builder-inited", lambda app: pages.write(Path(app.srcdir) / "reference"))
+    """Writes ``reference/`` before Sphinx looks for its sources, and the gallery's reports beside its pages."""
+    app.connect("builder-inited", _before)
+    app.connect("build-finished", _after)
+
+
+def _before(app: Sphinx) -> None:
+    pages.write(Path(app.srcdir) / "reference")
+    comparisons.write_excerpts(Path(app.srcdir) / "reference" / "gallery")
+
+
+def _after(app: Sphinx, error: Exception | None) -> None:
+    if error is None and app.builder.format == "html":
+        comparisons.write_reports(Path(app.outdir) / "comparisons")

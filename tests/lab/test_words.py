@@ -101,3 +101,11 @@ def test_init_writes_what_compare_runs(
     assert Path(capsys.readouterr().out.strip()).is_file()
     assert command.init([]) == 2
     assert "comparison.toml is there already" in capsys.readouterr().err
+
+
+def test_a_password_is_not_kept() -> None:
+    """The command goes into the store, the report and ``--json``; the connection itself has the password."""
+    words = Words.parse(["digits", "loss=mse", "store=postgresql+psycopg://me:p:s3cr@t@host/runs"])
+    assert "s3cr" not in words.command
+    assert "store=postgresql+psycopg://me:PASSWORD@host/runs" in words.command
+    assert words.values["store"].endswith("p:s3cr@t@host/runs")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import shlex
 from collections import Counter
 from collections.abc import Sequence
@@ -40,6 +39,7 @@ from telos.lab._sentences import (
     title,
 )
 from telos.lab.leaderboard import conclusion, rows, said, settings
+from telos.lab.words import without_password
 from telos.trials import Comparison, Plan, Run
 
 Board: TypeAlias = Sequence[dict[str, Any]]
@@ -149,7 +149,7 @@ def repeat(plan: Plan, store: str | None, best: str | None) -> Html:
         what = (
             "The same command trains the same runs; on these versions and data it gives these numbers again."
         )
-        inside.append((what, _without_password(plan.command)))
+        inside.append((what, without_password(plan.command)))
     if best:
         what = f"Loss and optimizer as Python, weights, and a short training script of {best}, first seed:"
         inside.append((what, f"telos export best {where}"))
@@ -176,17 +176,7 @@ def _store_of(command: str) -> str:
         typed = []
     given = dict(word.split("=", 1) for word in typed if word.startswith(("store=", "out=")))
     found = given.get("store", given.get("out", ""))
-    return shlex.quote(found) if found and _without_password(found) == found else "STORE"
-
-
-def _without_password(text: str) -> str:
-    """A command without the password of a database.
-
-    Example:
-        >>> _without_password("telos compare digits store=postgresql://me:secret@host/runs")
-        'telos compare digits store=postgresql://me:PASSWORD@host/runs'
-    """
-    return re.sub(r"(://[^:/@\s]*:)[^\s]*@", r"\1PASSWORD@", text)
+    return shlex.quote(found) if found and "PASSWORD@" not in without_password(found) else "STORE"
 
 
 def runs_of(comparison: Comparison) -> list[Run]:

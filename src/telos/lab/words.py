@@ -160,8 +160,10 @@ class Words:
 
     @property
     def command(self) -> str:
-        """The command that repeats this one."""
+        """The command that repeats this one, without the password of a store."""
         changed = [f"{key}={_written(key, v)}" for key, v in self.values.items() if v != DEFAULTS[key]]
+        # the command is stored and shown
+        changed = [without_password(word) if word.startswith("store=") else word for word in changed]
         about = [f"{key}={value}" for key, value in self.about.items()]
         return shlex.join(["telos", "compare", self.source, *about, *changed])
 
@@ -310,3 +312,13 @@ def duration(given: Any) -> float:
     if not 0 < seconds < math.inf:
         raise UsageError(f"max_time must be a time such as 90s, 10m or 2h, got {given!r}")
     return seconds
+
+
+def without_password(text: str) -> str:
+    """A command without the password of a database.
+
+    Example:
+        >>> without_password("telos compare digits store=postgresql://me:secret@host/runs")
+        'telos compare digits store=postgresql://me:PASSWORD@host/runs'
+    """
+    return re.sub(r"(://[^:/@\s]*:)[^\s]*@", r"\1PASSWORD@", text)

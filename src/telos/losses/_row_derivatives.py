@@ -207,17 +207,20 @@ def adaptive_ldr_kl(
         d / dz_j = (C / S) (g_j - sum_k g_k s_k / S) sigmoid(z_j),    sigmoid(z) = 1 - exp(-s)
 
     Scores do not see a common factor of s. A row that lies below -36 altogether, where ``s = exp(z)``, is first
-    raised to -36, so that its sum cannot underflow.
+    raised to -36, so that its sum cannot underflow. As p adds up to 1, its divergence from the uniform distribution is
+    ``sum_k p_k log p_k + log C``, and the smoothing of p can stay outside the sum.
     """
     classes, column = logits.shape[-1], target.unsqueeze(-1)
     old = old.to(logits.dtype).unsqueeze(-1)
     logits.sub_((logits.amax(-1, keepdim=True) + 36).clamp_(max=0))
     soft = F.softplus(logits)
     total = soft.sum(-1, keepdim=True)
-    # one step of the temperature from p = softmax(f / old)
+    # one step of the temperature from p = softmax(f / old), smoothed by 1e-5
     p = torch.mul(soft, classes / (total * old), out=logits)
-    torch.softmax(p, -1, out=p).add_(1e-5).div_(1 + 1e-5 * classes)
-    divergence = torch.linalg.vecdot(p, (p * classes).log_()).clamp_min(0).unsqueeze(-1)
+    whole = 1 + 1e-5 * classes
+    torch.softmax(p, -1, out=p).add_(1e-5)
+    divergence = torch.linalg.vecdot(p, p.log()).div_(whole).add_(math.log(classes / whole))
+    divergence = divergence.clamp_min_(0).unsqueeze(-1)
     new = temperature * (1 - divergence / (alpha * math.log(classes)))
     torch.mul(soft, classes / (total * new), out=logits)
     logits.scatter_add_(-1, column, -margin / new)
@@ -225,5 +228,5 @@ def adaptive_ldr_kl(
     penalty = alpha * math.log(classes) / (2 * temperature) * (new - temperature).square()
     values = new.squeeze(-1) * (nll - math.log(classes)) - penalty.squeeze(-1)
     inner = torch.linalg.vecdot(logits, soft).unsqueeze(-1) / total
-    logits.sub_(inner).mul_(soft.neg_().expm1_().neg_())
-    return values, (classes / total).squeeze(-1), new.squeeze(-1)
+    logits.sub_(inner).mul_(soft.neg_().expm1_())
+    return values, (-classes / total).squeeze(-1), new.squeeze(-1)
