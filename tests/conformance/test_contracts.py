@@ -31,6 +31,8 @@ EXEMPT = {
     "LinearLoss": "another call, (x, weight, target), around every declared loss; test_fused.py",
     "linear_loss": "the function of LinearLoss",
     "FastIBPLoss": "takes a model, not tensors; tests/losses/robust/test_ibp.py",
+    "CAdvULLoss": "takes a model, not tensors; tests/losses/robust/test_continuous_adversarial.py",
+    "CAdvIPOLoss": "takes a model, not tensors; tests/losses/robust/test_continuous_adversarial.py",
     "AdversarialLoss": "takes a model, not tensors; tests/losses/robust/test_attacks.py",
 }
 

@@ -139,3 +139,45 @@ def test_doors() -> None:
         token_logps(hidden, lm_head, labels, reduction="average")
     with pytest.raises(RuntimeError, match="no second derivative"):
         torch.autograd.grad(token_logps(hidden, lm_head, labels).sum(), hidden, create_graph=True)
+
+
+def logits_of(*probabilities: float) -> Tensor:
+    """(1, T, 2) logits under which token 0 has these probabilities."""
+    p = torch.tensor(probabilities, dtype=torch.float64)
+    return torch.stack([p, 1 - p], -1).log().unsqueeze(0).requires_grad_()
+
+
+@pytest.mark.parametrize(("cutoff", "low", "high"), [("clamp", -2.0, -0.5), ("zero", 0.0, 0.0)])
+def test_cutoffs_by_hand(cutoff, low, high) -> None:
+    logits = logits_of(0.01, 0.3, 0.9, 0.5)  # log-probabilities -4.6, -1.2, -0.1, -0.7
+    labels = torch.tensor([[0, 0, 0, -100]])
+    bounds = {"lower_cutoff": -2.0, "upper_cutoff": -0.5, "cutoff": cutoff}
+    tokens = sequence_logps(logits, labels, reduction="none", **bounds)
+    inside = torch.tensor(0.3).double().log().item()
+    torch.testing.assert_close(tokens, torch.tensor([[low, inside, high, 0.0]], dtype=torch.float64))
+    # what is cut stays in the divisor, and has no gradient
+    mean = sequence_logps(logits, labels, reduction="mean", **bounds)
+    assert mean.item() == pytest.approx((low + inside + high) / 3)
+    (gradient,) = torch.autograd.grad(mean.sum(), logits)
+    assert (gradient[0, [0, 2, 3]] == 0).all()
+    torch.testing.assert_close(gradient[0, 1], torch.tensor([0.7, -0.7], dtype=torch.float64) / 3)
+
+
+def test_one_cutoff_alone_and_a_nan_that_stays() -> None:
+    logits, labels = logits_of(0.01, 0.9), torch.tensor([[0, 0]])
+    plain = sequence_logps(logits, labels, reduction="none")
+    low = sequence_logps(logits, labels, reduction="none", lower_cutoff=-2.0)
+    high = sequence_logps(logits, labels, reduction="none", upper_cutoff=-2.0)
+    torch.testing.assert_close(low, torch.tensor([[-2.0, 0.0]]) + plain * torch.tensor([[0.0, 1.0]]))
+    torch.testing.assert_close(high, torch.tensor([[0.0, -2.0]]) + plain * torch.tensor([[1.0, 0.0]]))
+    torch.testing.assert_close(sequence_logps(logits, labels, reduction="none", lower_cutoff=-5.0), plain)
+    assert sequence_logps(torch.full((1, 1, 2), torch.nan), labels[:, :1], lower_cutoff=-1.0).isnan()
+
+
+@pytest.mark.bare
+def test_doors_of_the_cutoffs() -> None:
+    logits, labels = logits_of(0.5), torch.tensor([[0]])
+    with pytest.raises(ValueError, match="cutoff must be 'clamp' or 'zero', got 'drop'"):
+        sequence_logps(logits, labels, cutoff="drop")
+    with pytest.raises(ValueError, match="lower_cutoff must not exceed upper_cutoff, got -1.0 and -2.0"):
+        sequence_logps(logits, labels, lower_cutoff=-1.0, upper_cutoff=-2.0)

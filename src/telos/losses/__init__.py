@@ -1,6 +1,6 @@
 """What to minimise: one folder per family, and a family is a call signature."""
 
-from telos.losses import aggregate, classification, contrastive, metric, regression, robust
+from telos.losses import aggregate, classification, contrastive, metric, preference, regression, robust
 from telos.losses._algebra import ClassificationLoss, Loss, Mixture
 from telos.losses._logps import sequence_logps, token_logps
 from telos.losses._reduction import at_target, classification_rows, reduce
@@ -11,6 +11,7 @@ from telos.losses.classification import *  # noqa: F403
 from telos.losses.contrastive import *  # noqa: F403
 from telos.losses.linear import LinearLoss, linear_loss
 from telos.losses.metric import *  # noqa: F403
+from telos.losses.preference import *  # noqa: F403
 from telos.losses.regression import *  # noqa: F403
 from telos.losses.robust import *  # noqa: F403
 
@@ -35,6 +36,7 @@ __all__ = [
     *classification.__all__,
     *contrastive.__all__,
     *metric.__all__,
+    *preference.__all__,
     *regression.__all__,
     *robust.__all__,
 ]

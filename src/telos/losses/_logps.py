@@ -23,6 +23,7 @@ from telos.losses._checks import (
 from telos.losses._reduction import at_least_float32
 
 TokenReduction: TypeAlias = Literal["none", "sum", "mean"]
+Cutoff: TypeAlias = Literal["clamp", "zero"]
 
 # the label of padding and prompts in every common collator
 _IGNORED = -100
@@ -145,6 +146,9 @@ def sequence_logps(
     *,
     temperature: float = 1.0,
     reduction: TokenReduction = "sum",
+    lower_cutoff: float | None = None,
+    upper_cutoff: float | None = None,
+    cutoff: Cutoff = "clamp",
 ) -> Tensor:
     """Log-probabilities of sequences from logits: the sum (or mean) of those of their tokens.
 
@@ -154,28 +158,52 @@ def sequence_logps(
         mask: (N, T), nonzero where a token counts; all of them by default.
         temperature: divides the logits; above 0.
         reduction: ``"sum"`` or ``"mean"`` over the tokens that count, (N,), or ``"none"`` for (N, T).
+        lower_cutoff: a token whose log-probability lies below it has no gradient; ``None`` for no cut-off.
+        upper_cutoff: the same for a log-probability above it, at least ``lower_cutoff``.
+        cutoff: the value of a token beyond a cut-off: the cut-off itself (``"clamp"``), or 0 (``"zero"``), as if
+            the token were certain. Either way it stays in the divisor of a mean.
 
     Returns:
         Log-probabilities in nats, float32 for half-precision logits. Tokens that do not count, NaN or not, have
         value and gradient 0.
 
     Raises:
-        ValueError: for a wrong shape, a label out of range, a temperature that is not above 0 or an unknown
-            reduction.
+        ValueError: for a wrong shape, a label out of range, a temperature that is not above 0, cut-offs in the
+            wrong order, or an unknown reduction or cutoff.
         TypeError: for a wrong dtype.
 
     Example:
         >>> import torch
         >>> sequence_logps(torch.zeros(1, 3, 4), torch.tensor([[0, 3, -100]]))
         tensor([-2.7726])
+        >>> sequence_logps(torch.zeros(1, 3, 4), torch.tensor([[0, 3, -100]]), lower_cutoff=-1.0)
+        tensor([-2.])
     """
+    _check_cutoffs(lower_cutoff, upper_cutoff, cutoff)
     check_floating("logits", logits)
     check_shape("logits", logits, ("N", "T", "C"))
     counts = _counts(labels, mask, logits.shape[:2], logits.shape[-1], temperature, reduction)
     logits = torch.where(counts.unsqueeze(-1), at_least_float32(logits), 0.0)
     target = torch.where(counts, labels.long(), 0)
     logps = torch.log_softmax(logits / temperature, -1).gather(-1, target.unsqueeze(-1)).squeeze(-1)
+    logps = _cut(logps, lower_cutoff, upper_cutoff, cutoff)
     return _reduced(torch.where(counts, logps, 0.0), counts, reduction)
+
+
+def _cut(logps: Tensor, lower: float | None, upper: float | None, cutoff: str) -> Tensor:
+    # a comparison is false for NaN, which therefore stays
+    if lower is not None:
+        logps = torch.where(logps < lower, lower if cutoff == "clamp" else 0.0, logps)
+    if upper is not None:
+        logps = torch.where(logps > upper, upper if cutoff == "clamp" else 0.0, logps)
+    return logps
+
+
+def _check_cutoffs(lower: float | None, upper: float | None, cutoff: str) -> None:
+    if cutoff not in ("clamp", "zero"):
+        raise ValueError(f"cutoff must be 'clamp' or 'zero', got {cutoff!r}")
+    if lower is not None and upper is not None and not lower <= upper:
+        raise ValueError(f"lower_cutoff must not exceed upper_cutoff, got {lower} and {upper}")
 
 
 def _entropy(logps: Tensor) -> Tensor:

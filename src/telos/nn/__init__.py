@@ -10,6 +10,7 @@ from telos.nn.calibrators import (
 )
 from telos.nn.init import ibp_init_
 from telos.nn.models.cnn7 import cnn7
+from telos.nn.models.tiny_lm import TinyLM
 from telos.nn.naive_bayes import (
     ClassStatistics,
     LogisticFit,
@@ -30,6 +31,7 @@ __all__ = [
     "NaiveBayesHead",
     "SphericalLinear",
     "TemperatureScaling",
+    "TinyLM",
     "class_statistics",
     "cnn7",
     "default_views",

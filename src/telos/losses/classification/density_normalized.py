@@ -147,6 +147,7 @@ class DensityNormalizedCrossEntropyLoss(Loss):
 
     family = "classification"
     space = {"beta": log_uniform(0.1, 10.0)}
+    """Not searched: ``alpha`` and ``gamma``, which beside beta only scale the loss, and ``background_class``, a label."""
     class_weight: Tensor | None
 
     def __init__(

@@ -248,6 +248,7 @@ class EnsLoss(Loss):
     family = "classification"
     binary_only = True
     space = {"lam": uniform(-1.0, 1.0)}
+    """Not searched: ``clip``, ``shift`` and ``tail_power``, which the authors keep: they bound the derivatives."""
     class_weight: Tensor | None
 
     def __init__(

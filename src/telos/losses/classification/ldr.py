@@ -249,6 +249,7 @@ class LDRKLLoss(ClassificationLoss):
     """
 
     space = {"temperature": log_uniform(0.1, 10.0), "normalize": choice(None, "softplus")}
+    """Not searched: ``margin``, which the authors keep at 0.1."""
 
     def __init__(
         self,
@@ -401,6 +402,7 @@ class ALDRKLLoss(ClassificationLoss):
 
     needs = frozenset({"index"})
     space = {"temperature": log_uniform(0.1, 100.0), "alpha": log_uniform(1.5, 10.0)}
+    """Not searched: ``margin``, which the authors keep at 0.1."""
 
     def __init__(
         self,

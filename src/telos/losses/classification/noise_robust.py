@@ -240,6 +240,7 @@ class SCELoss(ClassificationLoss):
     """
 
     space = {"alpha": log_uniform(0.01, 10.0), "beta": log_uniform(0.1, 10.0)}
+    """Not searched: ``log_zero``, which only scales what beta weighs."""
 
     def __init__(
         self,

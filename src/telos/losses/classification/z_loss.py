@@ -141,6 +141,7 @@ class ZLoss(ClassificationLoss):
     """
 
     space = {"a": log_uniform(0.05, 10.0), "b": uniform(0.0, 10.0)}
+    """Not searched: ``eps``, which only keeps equal logits from a division by 0."""
 
     def __init__(
         self,

@@ -565,6 +565,8 @@ class ISogCLRLoss(_PerExampleContrast):
         "gamma": uniform(0.5, 1.0),
         "temperature_lr": log_uniform(0.001, 0.1),
     }
+    """Not searched: ``temperature_min`` and ``temperature_max``, bounds for what is searched by the loss itself, and
+    ``momentum`` and ``grad_clip``, which only steady that."""
 
     def __init__(
         self,

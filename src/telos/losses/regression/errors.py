@@ -271,6 +271,9 @@ class QuantileLoss(RegressionLoss):
         tensor(0.5000)
     """
 
+    space = {}
+    """Not searched: ``quantile``, which says what is estimated."""
+
     def __init__(self, quantile: float = 0.5, *, reduction: Reduction = "mean") -> None:
         super().__init__(reduction)
         _check_quantile(quantile)

@@ -124,6 +124,8 @@ class AdversarialLoss(Loss):
     """
 
     family = "robust"
+    space = {}
+    """Not searched: ``radius``, which is the threat, and ``steps`` and ``step_size``: a weaker attack would win."""
 
     def __init__(
         self,

@@ -211,6 +211,7 @@ class FastIBPLoss(Loss):
 
     family = "robust"
     space = {"regularization": log_uniform(0.05, 1.0), "tolerance": uniform(0.25, 0.75)}
+    """Not searched: ``eps_max``, which is the threat, and ``min_eps``, which stands in for a radius of 0."""
     lowest: Tensor | None
     highest: Tensor | None
     std: Tensor | None
