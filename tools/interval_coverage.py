@@ -4,10 +4,10 @@
 
 Breast cancer, wine and digits are written as CSV files with 5 % of the cells blanked, a text column and an
 identifier column added. ``telos compare FILE target=target epochs=20`` (a third of a table's usual length, for time)
-then runs 300 seeds of each recipe with its defaults: twenty repetitions of ten seeds, each giving the interval that its report would print for a recipe's
-difference to the baseline, and a hundred other seeds whose mean difference the interval should hold. For a true
-coverage of 95 % at least 17 of 20 do, with a probability of 98 %. Runs are kept in a store beside the CSV files, so
-that an interrupted command goes on.
+then runs 300 seeds of each recipe with its defaults: twenty repetitions of ten seeds, each giving the interval that its
+report would print for a recipe's difference to the baseline, and a hundred other seeds whose mean difference the
+interval should hold. For a true coverage of 95 % at least 17 of 20 do, with a probability of 98 %. Runs are kept in a
+store beside the CSV files, so that an interrupted command goes on.
 """
 
 import argparse

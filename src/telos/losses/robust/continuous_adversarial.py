@@ -555,9 +555,9 @@ class CAdvULLoss(_ContinuousAdversarialLoss):
     """
 
     space = {"eps_rel": log_uniform(0.01, 0.3), "away_weight": uniform(0.1, 1.0)}
-    """Not searched: ``toward_weight`` and ``utility_weight``, which stand against ``away_weight``; ``toward_cutoff``,
-    ``away_cutoff`` and ``leak``, which the authors keep; ``eps``, which ``eps_rel`` gives; ``step_size`` and ``steps``:
-    a weaker attack would win.
+    """Not searched: ``toward_weight`` and ``utility_weight``, beside which the away term is weighed; ``toward_cutoff``,
+    ``away_cutoff`` and ``leak``, which the authors keep; ``eps``, which the relative radius gives; ``step_size`` and
+    ``steps``: a weaker attack would win.
     """
 
     def __init__(
@@ -682,7 +682,7 @@ class CAdvIPOLoss(_ContinuousAdversarialLoss):
 
     needs = frozenset({"ref_chosen_logps", "ref_rejected_logps"})
     space = {"eps_rel": log_uniform(0.01, 0.3), "beta": log_uniform(0.05, 1.0)}
-    """Not searched: ``away_cutoff`` and ``toward_cutoff``, off in the paper; ``eps``, which ``eps_rel`` gives;
+    """Not searched: ``away_cutoff`` and ``toward_cutoff``, off in the paper; ``eps``, which the relative radius gives;
     ``step_size`` and ``steps``: a weaker attack would win.
     """
 
