@@ -71,7 +71,7 @@ def load_uneven() -> tuple[np.ndarray, np.ndarray]:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("", "name a task; there are: breast_cancer"),
+        ("", "name a task; there are: bags, breast_cancer"),
         ("some.csv 'target=y", "has a quotation mark that is not closed"),
         ("some.csv y", "'y' after the task some.csv must read key=value"),
         ("some.csv traget=y", "unknown key 'traget' in 'traget=y'; nearest: target"),

@@ -40,10 +40,14 @@ def misfit(loss: type[nn.Module] | nn.Module, info: TaskInfo) -> str | None:
     name = loss.__name__ if isinstance(loss, type) else type(loss).__name__
     family = getattr(loss, "family", None)
     if family is not None and family != info.family:
-        return f"{name} is a {family} loss and the task calls a {info.family} loss"
+        return f"{name} is {_a(family)} loss and the task calls {_a(info.family)} loss"
     missing = sorted(frozenset(getattr(loss, "needs", ())) - info.supplies)
     if missing:
         return f"{name} needs {', '.join(missing)}, which the task does not supply"
     if getattr(loss, "binary_only", False) and info.num_classes != 2:
         return f"{name} is for two classes and the task has {info.num_classes}"
     return None
+
+
+def _a(noun: str) -> str:
+    return f"{'an' if noun[0] in 'aeiou' else 'a'} {noun}"

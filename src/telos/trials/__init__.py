@@ -1,6 +1,10 @@
 """Run things fairly: tasks, recipes, search, seeds, the store and the statistics."""
 
 from telos.trials._words import UsageError
+from telos.trials.adversarial_task import AdversarialTask
+from telos.trials.bags_task import BagsTask
+from telos.trials.built_in import BUILT_IN
+from telos.trials.calibration_task import CalibrationTask
 from telos.trials.comparison import (
     Comparison,
     Cost,
@@ -15,8 +19,10 @@ from telos.trials.comparison import (
     make_plan,
 )
 from telos.trials.data_tasks import DataTask
+from telos.trials.embedding_tasks import EmbeddingTask, ViewsTask
 from telos.trials.engines import open_engine
 from telos.trials.models import DataInfo
+from telos.trials.modular_task import ModularTask
 from telos.trials.recipes import Recipe, loss_names, parse_recipes
 from telos.trials.runner import Job, WorkerLostError, Workers, run_job
 from telos.trials.scoring import (
@@ -42,7 +48,6 @@ from telos.trials.statistics import Estimate, holm, resampled_interval, verdict
 from telos.trials.store import Budget, Run, Store, StoredPlan, StoreError
 from telos.trials.suite import Suite, critical_difference, friedman_test
 from telos.trials.tasks import (
-    BUILT_IN,
     Batches,
     ClassificationTask,
     Fold,
@@ -76,19 +81,24 @@ __all__ = [
     "EXTERNAL_TUNING",
     "SELF_TUNING",
     "TASK_KEYS",
+    "AdversarialTask",
+    "BagsTask",
     "Batches",
     "Budget",
+    "CalibrationTask",
     "ClassificationTask",
     "Comparison",
     "Cost",
     "DataInfo",
     "DataTask",
     "Difference",
+    "EmbeddingTask",
     "Entry",
     "Estimate",
     "FixedPoints",
     "Fold",
     "Job",
+    "ModularTask",
     "OptimizerAlgorithm",
     "Plan",
     "PlannedRecipe",
@@ -107,6 +117,7 @@ __all__ = [
     "TrainingAlgorithm",
     "Trajectory",
     "UsageError",
+    "ViewsTask",
     "WorkerLostError",
     "Workers",
     "Workload",

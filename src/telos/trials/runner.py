@@ -571,7 +571,7 @@ def own_source() -> str:
     """Hash of telos's own source and of the packages whose versions decide numbers."""
     room = Path(telos.__file__).parent
     files = [room / "fit.py"]
-    for name in ("kernels", "losses", "nn", "optim", "trials"):
+    for name in ("kernels", "losses", "nn", "optim", "metrics", "data", "trials"):
         files += sorted((room / name).rglob("*.py"))
     files = [path for path in files if path.parent != room / "trials" or path.stem not in _BESIDE]
     digest = hashlib.sha256()

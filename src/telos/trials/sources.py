@@ -30,8 +30,9 @@ import numpy as np
 
 from telos.trials import models
 from telos.trials._words import UsageError, import_symbol, nearest
+from telos.trials.built_in import BUILT_IN
 from telos.trials.data_tasks import data_task
-from telos.trials.tasks import BUILT_IN, Task
+from telos.trials.tasks import Task
 
 if TYPE_CHECKING:
     from telos.trials.sheets import Sheet
@@ -52,10 +53,16 @@ TASK_KEYS: dict[str, str] = {
     "text": "columns to read as text",
     "category": "columns to read as categories, such as codes that are numbers",
     "drop_rare": "true leaves out classes with too few rows for every split, instead of an error",
-    "size": "height and width to which images are resized",
+    "size": "height and width to which images are resized; examples in a bag, for bags",
+    "radius": "for digits_adversarial: how far an attack may move an image, with pixels in [0, 1]",
+    "norm": "for digits_adversarial: linf or l2, what radius= measures",
+    "novel": "for digits_embeddings and digits_views: classes left out of training, which alone are measured",
 }
 _MODEL_KEYS = ("model", "width", "batch_size", "noise")
-_TABLE_KEYS = tuple(key for key in TASK_KEYS if key != "size")
+_TABLE_KEYS = (
+    *("target", "kind", "group", "time", "test", *_MODEL_KEYS),
+    *("drop", "keep", "text", "category", "drop_rare"),
+)
 _INPUTS = ("X", "x", "inputs", "data", "images", "features")
 _TARGETS = ("y", "target", "targets", "labels", "label")
 SUFFIXES = (".csv", ".tsv", ".parquet", ".pq", ".npz")
@@ -139,6 +146,14 @@ class Words:
         if value < low:
             raise UsageError(f"{key} must be at least {low}, got {value}")
         return value
+
+    def of_type(self, key: str, kind: type) -> Any:
+        """The value of a word that one built-in task understands: a text, a number or a whole number."""
+        try:
+            return kind(self.values[key])
+        except ValueError as error:
+            what = "whole number" if kind is int else "number"
+            raise UsageError(f"{key} must be a {what}, got {self.values[key]!r}") from error
 
     def names(self, key: str, known: Sequence[str] = ()) -> tuple[str, ...]:
         """Column names separated by commas; a name that holds a comma stands alone."""
@@ -286,17 +301,19 @@ def _content(path: str, changed: int, size: int) -> str:
 
 
 def _built_in(words: Words) -> Task:
-    words.only(_MODEL_KEYS, "which is built in")
     task = BUILT_IN[words.source]
+    own: Mapping[str, type] = getattr(task, "words", {})
+    words.only((*getattr(task, "model_words", _MODEL_KEYS), *own), "which is built in")
     changes = {key: value for key, value in words.options.items() if value}
+    changes |= {key: words.of_type(key, kind) for key, kind in own.items() if key in words.values}
     if not changes:
         return cast(Task, task)
     if "architecture" in changes:
         models.check_architecture(changes["architecture"], False)
     if "noise" in changes and not hasattr(task, "noise"):
         raise UsageError(f"noise= replaces labels, and the target of {words.source} is numbers")
-    changed = replace(task, **changes)
-    if ":" in changed.architecture:
+    changed: Any = replace(task, **changes)
+    if ":" in getattr(changed, "architecture", ""):
         models.check_model(changed.architecture, cast(models.DataInfo, changed.info), changed.width)
     return cast(Task, changed)
 

@@ -274,7 +274,7 @@ class ClassificationTask(Classifying):
         train, validation, test = stratified(target, rng)
         train = _long_tail(train, target, rng, self.imbalance)
         seen = noisy(target, rng, self.noise)
-        scaled = _scaled_inputs(inputs, train)
+        scaled = self.features(inputs, train)
 
         def split(rows: np.ndarray, labels: np.ndarray) -> Batch:
             return {
@@ -285,6 +285,10 @@ class ClassificationTask(Classifying):
 
         info = classes_info(seen[train], int(target.max()) + 1, inputs.shape[1:], self.width)
         return Fold(split(train, seen), split(validation, seen), split(test, target), info)
+
+    def features(self, inputs: np.ndarray, train: np.ndarray) -> np.ndarray:
+        """What the model sees of all rows; ``train`` are those from which a scale may be learnt."""
+        return _scaled_inputs(inputs, train)
 
     def model(self, info: TaskInfo) -> nn.Module:
         """A multilayer perceptron with one hidden layer, or what ``architecture`` names."""
@@ -512,36 +516,6 @@ def noisy(target: np.ndarray, rng: np.random.Generator, noise: float) -> np.ndar
     classes = int(target.max()) + 1
     shift = rng.integers(1, classes, size=len(target))
     return np.where(rng.random(len(target)) < noise, (target + shift) % classes, target)
-
-
-def _bundled(name: str, dtype: type = np.int64) -> Callable[[], tuple[np.ndarray, np.ndarray]]:
-    cache: list[tuple[np.ndarray, np.ndarray]] = []
-
-    def load() -> tuple[np.ndarray, np.ndarray]:
-        # scikit-learn takes a second to import: only for those who use its data, and once
-        if not cache:
-            from sklearn import datasets
-
-            inputs, target = getattr(datasets, f"load_{name}")(return_X_y=True)
-            cache.append((np.asarray(inputs, dtype=np.float64), np.asarray(target, dtype=dtype)))
-        return cache[0]
-
-    return load
-
-
-_digits = _bundled("digits")
-
-BUILT_IN: dict[str, ClassificationTask | RegressionTask] = {
-    task.name: task
-    for task in (
-        ClassificationTask("digits", _digits),
-        ClassificationTask("digits_noisy", _digits, noise=0.4),
-        ClassificationTask("digits_longtail", _digits, imbalance=50.0, batch_size=32, epochs=60),
-        ClassificationTask("breast_cancer", _bundled("breast_cancer"), width=32, batch_size=32, epochs=40),
-        ClassificationTask("wine", _bundled("wine"), width=32, batch_size=16, epochs=40),
-        RegressionTask("diabetes", _bundled("diabetes", np.float64), width=32, batch_size=32, epochs=40),
-    )
-}
 
 
 def load_task(spec: str) -> Task:

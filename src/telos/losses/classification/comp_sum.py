@@ -215,6 +215,71 @@ def smooth_adversarial_comp_sum_loss(
     return reduce(values, weights, reduction, denominator)
 
 
+def comp_sum_attack(
+    model: Callable[[Tensor], Tensor],
+    inputs: Float[Tensor, "batch ..."],
+    target: Integer[Tensor, " batch"],
+    *,
+    radius: float = 8 / 255,
+    steps: int = 10,
+    step_size: float | None = None,
+    norm: str = "linf",
+    bounds: tuple[float, float] | None = (0.0, 1.0),
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """The inner maximisation of the smooth adversarial loss: PGD on ``||D_x' - D_x||_2``.
+
+    Starts at ``x + 0.001 * N(0, 1)``, since the distance has no slope at ``x`` itself.
+
+    Args:
+        model: inputs to logits (N, C). A module is attacked in evaluation mode, so that no running statistics
+            move, and gets its modes back; no parameter gradient is touched.
+        inputs: (N, ...) clean inputs, within ``bounds``.
+        target: (N,) labels.
+        radius: size of the ball.
+        steps: number of ascent steps.
+        step_size: length of a step; ``2.5 * radius / steps`` if not given.
+        norm: ``"linf"`` or ``"l2"``.
+        bounds: lowest and highest legal input value, or ``None``.
+        generator: source of the random start.
+
+    Returns:
+        Perturbed inputs of the shape of ``inputs``, detached.
+
+    Raises:
+        ValueError: for a parameter or a label out of range, inputs outside ``bounds`` or a wrong shape.
+        TypeError: for a wrong dtype.
+
+    Source:
+        Cross-Entropy Loss Functions: Theoretical Analysis and Applications, arXiv 2304.07288.
+
+    Example:
+        >>> import torch
+        >>> model = torch.nn.Linear(2, 3)
+        >>> moved = comp_sum_attack(model, torch.full((1, 2), 0.5), torch.tensor([0]), radius=0.1)
+        >>> bool((moved - 0.5).abs().max() <= 0.1 + 1e-6)
+        True
+    """
+    check_shape("target", target, (inputs.shape[0],))
+    check_integer("target", target)
+    target = target.long()
+    with evaluation_mode(model):
+        with torch.no_grad():
+            clean = at_least_float32(model(inputs))
+        check_label_values("target", target, clean.shape[-1])
+        return pgd_attack(
+            lambda moved: _margin_distance(clean, target, at_least_float32(model(moved))).sum(),
+            inputs,
+            radius=radius,
+            steps=steps,
+            step_size=step_size,
+            norm=norm,
+            bounds=bounds,
+            start="gaussian",
+            generator=generator,
+        )
+
+
 class SmoothAdversarialCompSumLoss(AdversarialRowsLoss):
     """Smooth adversarial comp-sum loss; see :func:`smooth_adversarial_comp_sum_loss`.
 
@@ -226,6 +291,7 @@ class SmoothAdversarialCompSumLoss(AdversarialRowsLoss):
     """
 
     space = {"tau": uniform(0.0, 1.0), "rho": log_uniform(0.1, 10.0), "nu": log_uniform(0.1, 10.0)}
+    attack = staticmethod(comp_sum_attack)
 
     def __init__(
         self,
@@ -302,71 +368,6 @@ def rho_margin_comp_sum_loss(
         ignore_index=ignore_index,
     )
     return reduce(values, weights, reduction, denominator)
-
-
-def comp_sum_attack(
-    model: Callable[[Tensor], Tensor],
-    inputs: Float[Tensor, "batch ..."],
-    target: Integer[Tensor, " batch"],
-    *,
-    radius: float = 8 / 255,
-    steps: int = 10,
-    step_size: float | None = None,
-    norm: str = "linf",
-    bounds: tuple[float, float] | None = (0.0, 1.0),
-    generator: torch.Generator | None = None,
-) -> Tensor:
-    """The inner maximisation of the smooth adversarial loss: PGD on ``||D_x' - D_x||_2``.
-
-    Starts at ``x + 0.001 * N(0, 1)``, since the distance has no slope at ``x`` itself.
-
-    Args:
-        model: inputs to logits (N, C). A module is attacked in evaluation mode, so that no running statistics
-            move, and gets its modes back; no parameter gradient is touched.
-        inputs: (N, ...) clean inputs, within ``bounds``.
-        target: (N,) labels.
-        radius: size of the ball.
-        steps: number of ascent steps.
-        step_size: length of a step; ``2.5 * radius / steps`` if not given.
-        norm: ``"linf"`` or ``"l2"``.
-        bounds: lowest and highest legal input value, or ``None``.
-        generator: source of the random start.
-
-    Returns:
-        Perturbed inputs of the shape of ``inputs``, detached.
-
-    Raises:
-        ValueError: for a parameter or a label out of range, inputs outside ``bounds`` or a wrong shape.
-        TypeError: for a wrong dtype.
-
-    Source:
-        Cross-Entropy Loss Functions: Theoretical Analysis and Applications, arXiv 2304.07288.
-
-    Example:
-        >>> import torch
-        >>> model = torch.nn.Linear(2, 3)
-        >>> moved = comp_sum_attack(model, torch.full((1, 2), 0.5), torch.tensor([0]), radius=0.1)
-        >>> bool((moved - 0.5).abs().max() <= 0.1 + 1e-6)
-        True
-    """
-    check_shape("target", target, (inputs.shape[0],))
-    check_integer("target", target)
-    target = target.long()
-    with evaluation_mode(model):
-        with torch.no_grad():
-            clean = at_least_float32(model(inputs))
-        check_label_values("target", target, clean.shape[-1])
-        return pgd_attack(
-            lambda moved: _margin_distance(clean, target, at_least_float32(model(moved))).sum(),
-            inputs,
-            radius=radius,
-            steps=steps,
-            step_size=step_size,
-            norm=norm,
-            bounds=bounds,
-            start="gaussian",
-            generator=generator,
-        )
 
 
 def _check_margin(tau: float, rho: float, nu: float) -> None:
