@@ -22,7 +22,7 @@ from sklearn import datasets
 from telos.trials import Comparison, compare
 from telos.trials.statistics import resampled_interval
 
-RECIPES = "cross_entropy,focal,z_loss"
+RECIPES = "cross_entropy,focal,gce"
 REPETITIONS, SEEDS, OTHERS, ENOUGH = 20, 10, 100, 17
 EPOCHS = 20
 WORDS = ("stable", "growing", "unclear", "routine", "urgent", "follow-up", "second opinion", "nothing new")

@@ -13,6 +13,7 @@ from telos.kernels import (
     spherical_update,
     spherical_weight,
 )
+from telos.losses import TaskInfo
 from telos.losses.classification.z_loss import (
     SphericalMSELoss,
     SphericalSoftmaxLoss,
@@ -259,3 +260,14 @@ def test_eps_is_added_to_the_standard_deviation() -> None:
     # mean 0, population standard deviation sqrt(2)
     score = 2.0 / (math.sqrt(2.0) + 0.5)
     assert z_loss(logits, target, eps=0.5).item() == pytest.approx(math.log1p(math.exp(-score)), rel=1e-12)
+
+
+def test_two_classes_are_refused_by_a_task() -> None:
+    """Their standardised logits are -1 and 1 whatever the model says, so that nothing could be learnt."""
+    logits = torch.randn(5, 2, dtype=torch.float64, requires_grad=True)
+    z_loss(logits, torch.tensor([0, 1, 1, 0, 1])).backward()
+    assert logits.grad is not None
+    assert logits.grad.abs().max() < 1e-10
+    with pytest.raises(ValueError, match="no gradient with two classes"):
+        ZLoss.from_task(TaskInfo(family="classification", num_classes=2))
+    assert ZLoss.from_task(TaskInfo(family="classification", num_classes=3), a=2.0).a == 2.0

@@ -1,6 +1,7 @@
 """The Z-loss and its baselines: losses that see of the logits the target's, their sum and sum of squares."""
 
 from functools import partial
+from typing import Self
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +20,7 @@ from telos.losses._reduction import (
     safe_sqrt,
 )
 from telos.losses._space import log_uniform, uniform
+from telos.losses._task import TaskInfo
 
 
 def _z_scores(logits: Tensor, eps: float) -> Tensor:
@@ -156,6 +158,13 @@ class ZLoss(ClassificationLoss):
         super().__init__(class_weight, ignore_index, reduction)
         _check_z(a, eps)
         self.a, self.b, self.eps = a, b, eps
+
+    @classmethod
+    def from_task(cls, info: TaskInfo, **hyperparameters: object) -> Self:
+        """The loss, where there is something to learn from it."""
+        if info.num_classes == 2:
+            raise ValueError("ZLoss has no gradient with two classes: their standardised logits are -1 and 1")
+        return cls(**hyperparameters)  # type: ignore[arg-type]
 
     def values(self, logits: Tensor, target: Tensor) -> Tensor:
         """``softplus(a (b - z_y)) / a`` of each row."""
