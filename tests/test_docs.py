@@ -70,15 +70,16 @@ def test_commands_of_the_guide_run(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     from telos.cli import app
 
     monkeypatch.chdir(tmp_path)
-    page = (ROOT / "docs" / "compare.md").read_text(encoding="utf-8")
-    exec(compile(FENCED.findall(page)[0], "guide", "exec"), {"__name__": "guide"})
+    pages = [(ROOT / "docs" / name).read_text(encoding="utf-8") for name in ("compare.md", "choose_loss.md")]
+    exec(compile(FENCED.findall(pages[0])[0], "guide", "exec"), {"__name__": "guide"})
     commands = [
         line
+        for page in pages
         for block in re.findall(r"```bash\n(.*?)```", page, re.DOTALL)
         for line in block.splitlines()
         if line.startswith("telos ")
     ]
-    assert len(commands) == 8
+    assert len(commands) == 9
     for command in commands:
         ended = CliRunner().invoke(app, shlex.split(command)[1:])
         assert ended.exit_code == 0, f"{command}: {ended.output}"
@@ -125,3 +126,16 @@ def test_the_guide_shows_the_code_that_is_in_the_library(html: Path) -> None:
     assert "def focal_loss(" in text
     assert "class FocalLoss(ClassificationLoss)" in text
     assert "STUDY" in text_of(html / "contributing.html")
+
+
+@pytest.mark.slow
+@pytest.mark.xdist_group("docs")
+def test_the_gallery_links_to_whole_reports(html: Path) -> None:
+    page = (html / "gallery.html").read_text(encoding="utf-8")
+    recorded = sorted(path.name.partition(".")[0] for path in (ROOT / "docs" / "gallery").glob("*.gz"))
+    assert recorded == sorted(path.stem for path in (html / "comparisons").glob("*.html"))
+    for name in recorded:
+        assert f"comparisons/{name}.html" in page
+        report = (html / "comparisons" / f"{name}.html").read_text(encoding="utf-8")
+        assert "<title>" in report
+        assert len(report.encode()) < 6_000_000

@@ -1,10 +1,13 @@
 """The gallery says what its stores hold, and compares what its files name."""
 
+import inspect
+import re
 import sys
 from pathlib import Path
 
 import pytest
 
+from telos import _catalogue
 from telos.lab.words import Words
 from telos.trials import Plan
 from telos.trials.recipes import loss_names, parse_recipes
@@ -66,3 +69,32 @@ def test_every_classification_loss_is_compared_under_wrong_labels() -> None:
         assert recipe.canonical in compared, f"{name} ({text}) is not in docs/gallery/noisy_labels.toml"
     for recipe in plan.recipes:
         assert recipe.refused is None or len(recipe.refused) > 10
+
+
+def test_every_recommendation_links_to_what_was_recorded() -> None:
+    """To a study with a verdict, a comparison of the gallery, or the measured times and memory."""
+    verdicts = {paper["slug"] for paper in _catalogue.papers() if paper["verdict"]}
+    page = (DOCS / "choose_loss.md").read_text(encoding="utf-8")
+    titles = re.findall(r"^## (.*)$", (DOCS / "gallery.md").read_text(encoding="utf-8"), re.MULTILINE)
+    anchors = {title.lower().replace(" ", "-") for title in titles}
+    table = page[page.index("| --- |") :].split("\n\n")[0]
+    rows = [line.strip("|").split("|") for line in table.splitlines()[1:]]
+    assert len(rows) > 10
+    for aim, _, recorded in rows:
+        studies = re.findall(r"reference/(\w+)>", recorded)
+        comparisons_linked = re.findall(r"gallery\.md#([\w-]+)", recorded)
+        assert set(studies) <= verdicts, aim
+        assert set(comparisons_linked) <= anchors, aim
+        assert studies or comparisons_linked or "{doc}`performance`" in recorded, aim
+
+
+def test_every_loss_named_in_the_guide_exists() -> None:
+    page = (DOCS / "choose_loss.md").read_text(encoding="utf-8")
+    table = page[page.index("| loss | setting") :].split("\n\n")[0]
+    for line in table.splitlines()[2:]:
+        losses, settings, _ = (re.findall(r"`(\w+)`", cell) for cell in line.strip("|").split("|"))
+        for place, name in enumerate(losses):
+            (recipe,) = parse_recipes(name)
+            parameters = inspect.signature(recipe.terms[0].loss).parameters
+            wanted = settings if len(losses) == 1 else settings[place : place + 1]
+            assert set(wanted) <= set(parameters), name

@@ -228,7 +228,7 @@ def test_what_a_store_says_does_not_become_code() -> None:
     (recipe,) = parse_recipes('ldr_kl:normalize=\'"""; raise SystemExit; """\'')
     tree = ast.parse(recipe_code(recipe, chosen))
     assert not [node for node in ast.walk(tree) if isinstance(node, ast.Raise)]
-    (recipe,) = parse_recipes(f"{__name__}:AnyKeyword:print(1)+a=2")
+    (recipe,) = parse_recipes(f"{__name__}:AnyKeyword:print(1) or a=2")
     with pytest.raises(UsageError, match="is no name"):
         recipe_code(recipe, chosen)
 
