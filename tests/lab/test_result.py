@@ -204,7 +204,7 @@ def test_runs_that_make_no_sense(
     ("loss", "optim", "lines"),
     [
         ("focal:gamma=3", "sgd", ["return FocalLoss(gamma=3)", "lr=0.001, weight_decay=0.01, momentum=0.9)"]),
-        ("z_loss+0.1*focal", "adamw", ["return Mixture([(1.0, ZLoss()), (0.1, FocalLoss())])"]),
+        ("gce+0.1*focal", "adamw", ["return Mixture([(1.0, GCELoss()), (0.1, FocalLoss())])"]),
         ("torch.nn:CrossEntropyLoss", "perpgrad", ["return CrossEntropyLoss()", "return PerpGrad(base), base"]),
         ("aldr_kl", "adamw", ["return ALDRKLLoss.from_task(info"]),
     ],

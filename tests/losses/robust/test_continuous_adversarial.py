@@ -116,7 +116,8 @@ def golden_logps(case: Case) -> dict[str, Any]:
 def golden_unlikelihood(case: Case) -> dict[str, Any]:
     logits, labels = case.leaf("logits"), case.inputs["labels"]
     # the function itself does not shift, unless the case says that logits at t score labels at t + 1
-    shift = "t+1" in case.inputs.get("alignment", "").replace(" ", "")
+    words = case.inputs.get("alignment", "").lower().replace(" ", "")
+    shift = any(sign in words for sign in ("t+1", "[:,1:]", "nexttoken", "shiftinside", "shiftedinside"))
     loss = log_one_minus_p_loss(
         logits[:, :-1] if shift else logits,
         labels[:, 1:] if shift else labels,
