@@ -5,11 +5,12 @@
 """
 
 import gzip
+import re
 import shutil
 import tempfile
 from pathlib import Path
 
-from telos.lab import Result, load
+from telos.lab import Comparison, Result, Suite, load
 from telos.lab.leaderboard import printed
 
 GALLERY = Path(__file__).parent / "gallery"
@@ -27,22 +28,37 @@ def recorded(name: str) -> Result:
 
 def excerpt(name: str, result: Result) -> str:
     """Conclusion, table and the way to the report, in MyST's Markdown."""
-    heads, lines = printed(result.found)
     runs = sum(len(e.tuning) + len(e.evaluation) for c in result.comparisons for e in c.entries)
-    shown = [line for line in lines if any(line[1:-1])]
+    heads, *lines = _table(result.found)
     return "\n".join(
         [
             f"**What it shows.** {_text(result.conclusion)}",
             "",
             _row(heads),
             _row(["---"] + ["---:"] * (len(heads) - 1)),
-            *map(_row, ([_text(cell) for cell in line] for line in shown)),
+            *(_row([_text(cell) for cell in line]) for line in lines),
             "",
             f"{runs:,} runs. <a href='comparisons/{name}.html'>The whole report</a>; again on your machine: "
             f"`telos compare docs/gallery/{name}.toml`.",
             "",
         ]
     )
+
+
+def _table(found: Comparison | Suite) -> list[list[str]]:
+    """Titles and rows that fit a page: of a single comparison the one metric that it was about."""
+    heads, lines = printed(found)
+    if isinstance(found, Suite):
+        return [heads, *lines]
+    # the difference is the middle of its interval, which stays on one line
+    kept = [
+        [line[0], line[1], line[3].replace(" ", "\u00a0"), line[-1]] for line in (heads, *lines) if line[1]
+    ]
+    kept[0][2] = "minus baseline, 95 %"
+    if outside := found.reference:
+        mean = outside.mean(f"test_{found.plan.metric}")
+        kept.append([outside.recipe.label, f"{mean:.4f}", "", "outside the comparison"])
+    return kept
 
 
 def write_excerpts(folder: Path) -> None:
@@ -68,4 +84,4 @@ def _row(cells: list[str]) -> str:
 def _text(words: str) -> str:
     for mark in "\\*_`<[":
         words = words.replace(mark, "\\" + mark)
-    return " ".join(words.split())
+    return re.sub(r"[ \n]+", " ", words)

@@ -39,6 +39,8 @@ html_theme = "pydata_sphinx_theme"
 html_static_path = ["_static"]
 html_title = "telos"
 html_show_sourcelink = False
+# only the reference has sections to list
+html_sidebars = {page.stem: [] for page in Path(__file__).parent.glob("*.md")}
 html_theme_options = {"show_toc_level": 2, "navigation_with_keys": False}
 
 
