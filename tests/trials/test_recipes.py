@@ -156,6 +156,14 @@ def test_optimizers_are_built_with_what_was_chosen_and_fixed() -> None:
     assert "torch.optim:LBFGS cannot be built" in str(reason)
 
 
+def test_an_optimizer_that_wants_the_losses_of_the_examples_is_refused() -> None:
+    (recipe,) = parse_recipes("cross_entropy", "normalized_gd")
+    reason = recipe.misfit(TaskInfo(family="classification", num_classes=3))
+    assert (
+        reason == "normalized_gd steps from the losses of the examples, and a recipe gives it their gradient"
+    )
+
+
 def test_a_wrapping_optimizer_wraps_adamw() -> None:
     (recipe,) = parse_recipes("cross_entropy", "perpgrad:lr=0.02")
     weight = nn.Parameter(torch.ones(2))

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.distributed as dist
@@ -56,6 +56,8 @@ class NormalizedGD(torch.optim.Optimizer):
         >>> theta.detach()
         tensor([100.,  25.])
     """
+
+    needs: ClassVar[frozenset[str]] = frozenset({"closure"})
 
     def __init__(
         self,

@@ -100,6 +100,8 @@ class Recipe:
             return str(error) or type(error).__name__
         if self.optimizer.optimizer in (AdamW, SGD) and not self.optimizer.fixed:
             return None  # torch takes a second to build its first optimizer
+        if "closure" in getattr(self.optimizer.optimizer, "needs", ()):
+            return f"{self.optim} steps from the losses of the examples, and a recipe gives it their gradient"
         try:
             self.build_optimizer([nn.Parameter(torch.zeros(1))], learning_rate=1e-3, weight_decay=0.0)
         except Exception as error:
