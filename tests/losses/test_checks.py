@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from telos.losses._checks import (
+    check_bool,
     check_classification,
     check_embeddings,
     check_floating,
@@ -227,3 +228,12 @@ def test_embeddings_door() -> None:
         check_embeddings(torch.zeros(4, 3), torch.zeros(4))
     with pytest.raises(TypeError, match="labels must be a tensor, got list"):
         check_embeddings(torch.zeros(4, 3), [0, 1, 2, 3])
+
+
+@pytest.mark.bare
+def test_flags_are_booleans() -> None:
+    check_bool("kept", torch.tensor([True, False]))
+    with pytest.raises(TypeError, match=r"kept must be a boolean tensor, got torch\.int64"):
+        check_bool("kept", torch.tensor([1, 0]))
+    with pytest.raises(TypeError, match="kept must be a boolean tensor, got list"):
+        check_bool("kept", [True])  # type: ignore[arg-type]

@@ -10,7 +10,7 @@ from jaxtyping import Bool, Float, Integer
 from torch import Tensor
 
 from telos.data.selection.rejection import threshold_at_fpr
-from telos.losses._checks import check_floating, check_integer, check_range, check_shape
+from telos.losses._checks import check_bool, check_floating, check_integer, check_range, check_shape
 from telos.losses._reduction import at_least_float32
 from telos.losses.robust.attacks import evaluation_mode
 
@@ -229,7 +229,8 @@ class TokenSubstitutionAdversary:
         editable = (
             torch.ones_like(tokens, dtype=torch.bool) if self.editable is None else self.editable(tokens)
         )
-        _check_flags("editable(tokens)", editable, *tokens.shape)
+        check_bool("editable(tokens)", editable)
+        check_shape("editable(tokens)", editable, tuple(tokens.shape))
         if not editable.any(1).all():
             raise ValueError("editable(tokens) must leave a position in each row, got a row without")
         if seeds is None:
@@ -550,7 +551,8 @@ class AdversarialRounds:
         for name, (tokens, is_failure) in (("data", data), ("calibration", calibration)):
             check_integer(f"tokens of {name}", tokens)
             check_shape(f"tokens of {name}", tokens, ("N", data[0].shape[1]))
-            _check_flags(f"is_failure of {name}", is_failure, len(tokens))
+            check_bool(f"is_failure of {name}", is_failure)
+            check_shape(f"is_failure of {name}", is_failure, (len(tokens),))
         self.fit, self.adversaries, self.oracle = fit, dict(adversaries), oracle
         self.data, self.calibration, self.failures = data, calibration, failures
         self.fpr, self.attacks, self.repeats, self.held_out = fpr, attacks, repeats, held_out
@@ -726,16 +728,9 @@ def _check_risks(risk: Tensor, tokens: Tensor) -> None:
 
 def _judged(oracle: Oracle, tokens: Tensor) -> Tensor:
     failed = oracle(tokens)
-    _check_flags("oracle(tokens)", failed, len(tokens))
+    check_bool("oracle(tokens)", failed)
+    check_shape("oracle(tokens)", failed, (len(tokens),))
     return failed.to(tokens.device)
-
-
-def _check_flags(name: str, flags: Tensor, *shape: int) -> None:
-    if not isinstance(flags, Tensor) or flags.dtype != torch.bool:
-        raise TypeError(
-            f"{name} must be a boolean tensor, got {getattr(flags, 'dtype', type(flags).__name__)}"
-        )
-    check_shape(name, flags, shape)
 
 
 def _edited(tokens: Tensor, position: Tensor, proposed: Tensor, edit: str) -> Tensor:

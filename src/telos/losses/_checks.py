@@ -34,6 +34,13 @@ def check_integer(name: str, tensor: Tensor) -> None:
         raise TypeError(f"{name} must have an integer dtype, got {tensor.dtype}")
 
 
+def check_bool(name: str, flags: Tensor) -> None:
+    """Raise ``TypeError`` unless ``flags`` is a boolean tensor."""
+    if not isinstance(flags, Tensor) or flags.dtype != torch.bool:
+        found = getattr(flags, "dtype", type(flags).__name__)
+        raise TypeError(f"{name} must be a boolean tensor, got {found}")
+
+
 def check_shape(name: str, tensor: Tensor, expected: tuple[int | str, ...]) -> None:
     """Refuse another shape; a string in ``expected`` stands for any size.
 

@@ -9,6 +9,7 @@ from torchmetrics import Metric
 from torchmetrics.utilities import dim_zero_cat
 
 from telos.losses._checks import (
+    check_bool,
     check_floating,
     check_integer,
     check_range,
@@ -336,10 +337,10 @@ class FailureRate(Metric):
 
     def update(self, failed: Tensor, accepted: Tensor | None = None) -> None:
         """Count which trials failed, boolean of any shape; only those that were ``accepted`` if given."""
-        _check_bool("failed", failed)
+        check_bool("failed", failed)
         if accepted is None:
             accepted = torch.ones_like(failed)
-        _check_bool("accepted", accepted)
+        check_bool("accepted", accepted)
         check_shape("accepted", accepted, tuple(failed.shape))
         self.failures += (failed & accepted).sum()
         self.trials += accepted.sum()
@@ -487,17 +488,10 @@ def _check_confidence(confidence: float) -> None:
         raise ValueError(f"confidence must lie in (0, 1), got {confidence}")
 
 
-def _check_bool(name: str, flags: Tensor) -> None:
-    if not isinstance(flags, Tensor) or flags.dtype != torch.bool:
-        raise TypeError(
-            f"{name} must be a boolean tensor, got {getattr(flags, 'dtype', type(flags).__name__)}"
-        )
-
-
 def _check_attacks(cost: Tensor, censored: Tensor) -> None:
     if not isinstance(cost, Tensor):
         raise TypeError(f"cost must be a tensor, got {type(cost).__name__}")
-    _check_bool("censored", censored)
+    check_bool("censored", censored)
     check_shape("cost", cost, ("N",))
     check_shape("censored", censored, tuple(cost.shape))
     if values_can_be_read(cost) and (bad := ~torch.isfinite(cost) | (cost < 0)).any():

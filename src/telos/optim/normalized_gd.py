@@ -57,6 +57,7 @@ class NormalizedGD(torch.optim.Optimizer):
         tensor([100.,  25.])
     """
 
+    # what a training loop must give it beyond gradients, by the name that losses use for what they need
     needs: ClassVar[frozenset[str]] = frozenset({"closure"})
 
     def __init__(

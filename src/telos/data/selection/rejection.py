@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from telos.losses._checks import check_floating, check_range, check_shape, values_can_be_read
+from telos.losses._checks import check_bool, check_floating, check_range, check_shape, values_can_be_read
 from telos.losses._reduction import at_least_float32
 from telos.losses.classification.dco import dco_factor
 
@@ -277,7 +277,8 @@ def filtered_policy(
     filtered = accepted / torch.where(acceptance > 0, acceptance, 1.0).unsqueeze(-1)
     before = after = None
     if is_failure is not None:
-        _check_flags("is_failure", is_failure, tuple(policy_probs.shape))
+        check_bool("is_failure", is_failure)
+        check_shape("is_failure", is_failure, tuple(policy_probs.shape))
         before, after = (torch.where(is_failure, mass, 0.0).sum(-1) for mass in (probs, filtered))
     return FilteredPolicy(filtered, acceptance, acceptance.reciprocal(), before, after)
 
@@ -322,7 +323,8 @@ def threshold_at_fpr(
     """
     check_floating("scores", scores)
     check_shape("scores", scores, ("N",))
-    _check_flags("is_failure", is_failure, tuple(scores.shape))
+    check_bool("is_failure", is_failure)
+    check_shape("is_failure", is_failure, tuple(scores.shape))
     check_range("fpr", fpr, 0.0, 1.0)
     good = at_least_float32(scores.detach())[~is_failure]
     if not len(good):
@@ -395,11 +397,3 @@ def conservative_threshold(
 def _check_threshold(threshold: float) -> None:
     if math.isnan(threshold):
         raise ValueError("threshold must be a number, got nan")
-
-
-def _check_flags(name: str, flags: Tensor, shape: tuple[int, ...]) -> None:
-    if not isinstance(flags, Tensor) or flags.dtype != torch.bool:
-        raise TypeError(
-            f"{name} must be a boolean tensor, got {getattr(flags, 'dtype', type(flags).__name__)}"
-        )
-    check_shape(name, flags, shape)
